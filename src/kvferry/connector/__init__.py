@@ -1,0 +1,1 @@
+"""Connectors: what ties an inference engine to kvferry. Each engine is imported by its own package only."""

@@ -1,0 +1,350 @@
+"""The class that vLLM loads. It translates vLLM's calls for the two halves and decides nothing itself.
+
+vLLM makes one in the scheduler's process (role SCHEDULER) and one in each worker (role WORKER).
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import logging
+import sys
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from vllm.distributed.kv_transfer.kv_connector.v1.base import (
+    KVConnectorBase_V1,
+    KVConnectorHandshakeMetadata,
+    KVConnectorMetadata,
+    KVConnectorRole,
+    KVConnectorWorkerMetadata,
+)
+from vllm.version import __version__ as vllm_version
+
+from kvferry.connector.vllm import layouts, stats
+from kvferry.connector.vllm.memory import open_node
+from kvferry.connector.vllm.metadata import RankReport, StepPlan
+from kvferry.connector.vllm.metrics import KVFerryPromMetrics, KVFerryStats
+from kvferry.connector.vllm.model import (
+    ROLES,
+    fingerprint_of,
+    incarnation_of,
+    model_name,
+    prompt_identity,
+    require_usable,
+)
+from kvferry.connector.vllm.registration import Registration
+from kvferry.connector.vllm.scheduler import Ending, Scheduled, SchedulerHalf
+from kvferry.connector.vllm.settings import settings_from_extra_config
+from kvferry.connector.vllm.stream import AfterForward
+from kvferry.connector.vllm.trace import Trace
+from kvferry.connector.vllm.worker import WorkerHalf
+from kvferry.errors import ConfigError
+from kvferry.types import Outcome
+
+ENDINGS: dict[str, Ending] = {"FINISHED_ABORTED": "aborted", "FINISHED_IGNORED": "failed", "FINISHED_ERROR": "failed"}
+EMPTY_STEP_S = 0.002
+"""How long a step without a forward waits for a load; a new request waits no longer for vLLM's scheduler than that."""
+
+SWITCH_INTERVAL_S = 0.0005
+_log = logging.getLogger("kvferry.vllm")
+
+
+@dataclass
+class KVFerryMetadata(KVConnectorMetadata):  # type: ignore[misc]
+    """One step's plan, on its way to the workers."""
+
+    plan: StepPlan
+
+
+@dataclass
+class KVFerryAddress(KVConnectorHandshakeMetadata):  # type: ignore[misc]
+    """Where one rank really listens, on its way to the scheduler half."""
+
+    address: str
+
+
+@dataclass
+class KVFerryReports(KVConnectorWorkerMetadata):  # type: ignore[misc]
+    """How loads ended on the workers, on its way to the scheduler half."""
+
+    reports: list[RankReport] = field(default_factory=list)
+
+    def aggregate(self, other: KVConnectorWorkerMetadata) -> KVFerryReports:
+        return KVFerryReports(self.reports + other.reports)
+
+
+class KVFerryConnector(KVConnectorBase_V1):  # type: ignore[misc]
+    """Hands the KV cache of a prompt from the vLLM instance that computed it to the one that decodes.
+
+    It is not `SupportsHMA`: vLLM then gives all layers one block table, which is what can be recomputed after a
+    failed load in every supported version.
+    """
+
+    def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any) -> None:
+        super().__init__(vllm_config, role, kv_cache_config)
+        _log_as_vllm_does()
+        require_usable(vllm_config, kv_cache_config)
+        config = vllm_config.kv_transfer_config
+        self._settings = settings_from_extra_config(config.kv_connector_extra_config)
+        self._fingerprint = fingerprint_of(vllm_config, kv_cache_config, self._settings)
+        self._stats = KVFerryStats()
+        self._scheduler: SchedulerHalf | None = None
+        self._worker: WorkerHalf | None = None
+        if role is KVConnectorRole.SCHEDULER:
+            self._start_scheduler(config.kv_load_failure_policy)
+
+    # Worker half
+
+    def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
+        parallel = self._vllm_config.parallel_config
+        rank, size = parallel.rank % parallel.tensor_parallel_size, parallel.tensor_parallel_size
+        geometry = layouts.Geometry(self._kv_cache_config.num_blocks, self._fingerprint.block_size, rank, size)
+        hook = _hook(self._settings.on_loaded)
+        news = threading.Event()
+        self._node = open_node(
+            kv_caches,
+            geometry,
+            settings=self._settings,
+            fingerprint=self._fingerprint,
+            instance_id=self._instance_id(),
+            incarnation=incarnation_of(self._vllm_config),
+            wake=news.set,
+        )
+        self._layer_numbers = {name: i + 1 for i, name in enumerate(layouts.distinct_layers(kv_caches))}
+        device = next(iter(kv_caches.values())).device
+
+        def on_loaded(block_ids: list[int]) -> None:
+            self._stats.data[stats.PULLED_BLOCKS] += len(block_ids)
+            if hook is not None:
+                hook(kv_caches, block_ids)
+
+        self._trace = Trace(self._settings.trace, f"worker-{rank}")
+        self._after_forward = AfterForward(_recorder(device) if device.type == "cuda" else None)
+        self._worker = WorkerHalf(
+            self._node,
+            rank=rank,
+            num_ranks=size,
+            num_layers=len(self._layer_numbers),
+            after_forward=self._after_forward,
+            news=news,
+            on_loaded=on_loaded,
+            on_released=lambda reason: stats.count_release(self._stats.data, reason),
+            trace=self._trace,
+        )
+        # The node's thread needs the interpreter for microseconds, in the middle of vLLM's long run of launches: by
+        # default it would wait 5 ms for it.
+        sys.setswitchinterval(min(sys.getswitchinterval(), SWITCH_INTERVAL_S))
+        _log.info("rank %d of %d listens on %s", rank, size, self._node.address)
+
+    def get_handshake_metadata(self) -> KVFerryAddress | None:
+        return KVFerryAddress(self._node.address)
+
+    def handle_preemptions(self, kv_connector_metadata: KVFerryMetadata) -> None:
+        if self._worker is not None:
+            self._worker.begin_step(kv_connector_metadata.plan)
+
+    def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
+        if self._worker is not None:
+            self._worker.start_pulls(self._plan())
+
+    def wait_for_layer_load(self, layer_name: str) -> None:
+        """Nothing to wait for: a request runs only after its whole load."""
+
+    def save_kv_layer(self, layer_name: str, kv_layer: torch.Tensor, attn_metadata: Any, **kwargs: Any) -> None:
+        a_publish = self._settings.layers_a_publish
+        if a_publish and self._worker is not None and self._after_forward.is_asynchronous:
+            number = self._layer_numbers.get(layer_name, 0)
+            if number and number % a_publish == 0:
+                self._worker.publish_layers(self._plan(), number)
+
+    def wait_for_save(self) -> None:
+        if self._worker is not None and self.has_connector_metadata():
+            self._worker.publish(self._plan())
+
+    def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
+        if self._worker is None:
+            return None, None
+        if self.has_connector_metadata() and self._plan().is_empty_step:
+            self._worker.wait_for_news(EMPTY_STEP_S)
+        return self._worker.finished(finished_req_ids)
+
+    def get_block_ids_with_load_errors(self) -> set[int]:
+        return self._worker.take_failed_blocks() if self._worker is not None else set()
+
+    def build_connector_worker_meta(self) -> KVFerryReports | None:
+        reports = self._worker.take_reports() if self._worker is not None else []
+        return KVFerryReports(reports) if reports else None
+
+    # Scheduler half
+
+    def _start_scheduler(self, policy: str) -> None:
+        config = self._vllm_config.kv_transfer_config
+        if policy != "recompute":
+            _log.warning(
+                "kv_load_failure_policy is %r: a handoff that fails ends its request with an error; set it to "
+                '"recompute" in --kv-transfer-config to compute the prompt here instead', policy,
+            )  # fmt: skip
+        self._registration = Registration(
+            router=self._settings.router,
+            secret=self._settings.secret(),
+            url=self._settings.url or "",
+            instance_id=self._instance_id(),
+            incarnation=incarnation_of(self._vllm_config),
+            role=ROLES[config.kv_role],
+            model=model_name(self._vllm_config, self._settings),
+            version=vllm_version,
+            fingerprint=self._fingerprint,
+        )
+        self._registration.state.num_blocks = self._kv_cache_config.num_blocks
+        self._trace = Trace(self._settings.trace, "scheduler")
+        self._scheduler = SchedulerHalf(
+            fingerprint=self._fingerprint,
+            num_ranks=self._vllm_config.parallel_config.tensor_parallel_size,
+            recompute=policy == "recompute",
+            on_outcome=self._on_outcome,
+            max_loading_blocks=int(self._kv_cache_config.num_blocks * self._settings.max_loading_share),
+            namespace=self._settings.namespace,
+        )
+
+    @property
+    def _book(self) -> SchedulerHalf:
+        assert self._scheduler is not None, "only the scheduler's connector is asked this"
+        return self._scheduler
+
+    def bind_gpu_block_pool(self, gpu_block_pool: Any) -> None:
+        self._registration.state.free_blocks = gpu_block_pool.get_num_free_blocks
+
+    def set_xfer_handshake_metadata(self, metadata: dict[int, KVFerryAddress]) -> None:
+        self._registration.join(tuple(metadata[rank].address for rank in sorted(metadata)))
+
+    def on_new_request(self, request: Any) -> None:
+        self._registration.state.running += 1
+        self._trace(request.request_id, "new")
+        self._book.on_new_request(request, identity=prompt_identity(request))
+
+    def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int | None, bool]:
+        num_tokens = self._book.num_new_matched_tokens(request.request_id, num_computed_tokens)
+        return num_tokens, bool(num_tokens)
+
+    def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
+        self._book.allocated(request.request_id, blocks.get_block_ids()[0], num_external_tokens)
+
+    def build_connector_meta(self, scheduler_output: Any) -> KVFerryMetadata:
+        self._registration.state.step += 1
+        scheduled = scheduled_requests(scheduler_output)
+        for item in scheduled:
+            self._trace(item.request_id, f"scheduled from {item.num_computed}, {item.num_scheduled} tokens")
+        return KVFerryMetadata(self._book.step(scheduled, scheduler_output.preempted_req_ids or ()))
+
+    def update_connector_output(self, connector_output: Any) -> None:
+        meta = connector_output.kv_connector_worker_meta
+        if meta is not None:
+            for report in meta.reports:
+                self._trace(report.request_id, "reported")
+            self._book.reported(meta.reports)
+
+    def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
+        self._registration.state.running -= 1
+        self._trace(request.request_id, "finished")
+        ending = ENDINGS.get(request.status.name, "answered")
+        held = self._book.finished(request.request_id, ending, has_blocks=bool(block_ids))
+        return held, None
+
+    def _on_outcome(self, outcome: Outcome, recomputed_tokens: int) -> None:
+        stats.count_outcome(self._stats.data, outcome, recomputed_tokens)
+        self._registration.report_outcome(outcome)
+
+    # Both
+
+    def get_kv_connector_stats(self) -> KVFerryStats | None:
+        if self._stats.is_empty():
+            return None
+        taken, self._stats = self._stats, KVFerryStats()
+        return taken
+
+    @classmethod
+    def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> KVFerryStats:
+        return KVFerryStats(data=data) if data is not None else KVFerryStats()
+
+    @classmethod
+    def build_prom_metrics(
+        cls, vllm_config: Any, metric_types: Any, labelnames: Any, per_engine_labelvalues: Any
+    ) -> KVFerryPromMetrics:
+        return KVFerryPromMetrics(vllm_config, metric_types, labelnames, per_engine_labelvalues)
+
+    @classmethod
+    def requires_piecewise_for_cudagraph(cls, extra_config: dict[str, Any]) -> bool:
+        """A full CUDA graph replays attention without `save_kv_layer`, which publishing by layers needs."""
+        return settings_from_extra_config(extra_config).layers_a_publish > 0
+
+    def shutdown(self) -> None:
+        if self._worker is not None:
+            self._after_forward.close()
+            self._node.close()
+        if self._scheduler is not None:
+            self._registration.close()
+        if self._worker is not None or self._scheduler is not None:
+            self._trace.close()
+
+    def _instance_id(self) -> str:
+        return self._settings.instance_id or f"vllm-{self._vllm_config.kv_transfer_config.engine_id[:8]}"
+
+    def _plan(self) -> StepPlan:
+        plan: StepPlan = self._get_connector_metadata().plan
+        return plan
+
+
+def scheduled_requests(scheduler_output: Any) -> list[Scheduled]:
+    """The requests of a step, in both model runners' forms.
+
+    V1 lists a request that resumes after a preemption in `resumed_req_ids` with its whole table; V2 lists it again
+    among the new ones.
+    """
+    num_scheduled = scheduler_output.num_scheduled_tokens
+    found = [
+        Scheduled(new.req_id, new.block_ids[0], True, new.num_computed_tokens, num_scheduled.get(new.req_id, 0))
+        for new in scheduler_output.scheduled_new_reqs
+    ]
+    cached = scheduler_output.scheduled_cached_reqs
+    for request_id, added, num_computed in zip(
+        cached.req_ids, cached.new_block_ids, cached.num_computed_tokens, strict=True
+    ):
+        block_ids = added[0] if added is not None else []
+        replaces = request_id in cached.resumed_req_ids
+        found.append(Scheduled(request_id, block_ids, replaces, num_computed, num_scheduled.get(request_id, 0)))
+    return found
+
+
+def _recorder(device: torch.device) -> Callable[[], Any]:
+    def record() -> Any:
+        # A blocking event lets the waiting thread sleep instead of spinning beside the engine.
+        event: Any = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+        event.record(torch.cuda.current_stream(device))
+        return event
+
+    return record
+
+
+def _hook(name: str | None) -> Callable[[dict[str, torch.Tensor], list[int]], None] | None:
+    if name is None:
+        return None
+    module, _, function = name.partition(":")
+    try:
+        hook: Callable[[dict[str, torch.Tensor], list[int]], None] = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(f"kv_connector_extra_config.on_loaded is {name!r}: {error}") from error
+    _log.warning("every delivered handoff goes through %s: this is for tests", name)
+    return hook
+
+
+@functools.cache
+def _log_as_vllm_does() -> None:
+    """Send kvferry's log lines where vLLM's go."""
+    theirs, ours = logging.getLogger("vllm"), logging.getLogger("kvferry")
+    ours.handlers = list(theirs.handlers)
+    ours.setLevel(theirs.level or logging.INFO)
+    ours.propagate = False

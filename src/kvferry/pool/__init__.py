@@ -1,0 +1,9 @@
+"""The pool: KV blocks that outlive the engines which computed them, in host memory and on disk, shared by all."""
+
+from kvferry.pool.client import GetResult, PoolClient, PutResult
+from kvferry.pool.cluster import PoolNodes
+from kvferry.pool.keys import BlockSpace, Tier
+from kvferry.pool.node import PoolNode
+from kvferry.pool.settings import PoolSettings
+
+__all__ = ["BlockSpace", "GetResult", "PoolClient", "PoolNode", "PoolNodes", "PoolSettings", "PutResult", "Tier"]

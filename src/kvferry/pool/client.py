@@ -1,0 +1,357 @@
+"""An engine's way to a pool node: batch calls on its own registered memory. On one event loop.
+
+The pool is there to save work, so what goes wrong with it is a miss: `exists`, `get` and `put` raise only for wrong
+arguments. The cause is in the result, counted in `failures`, and logged once for each change.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import time
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any, NamedTuple, TypeVar
+
+import msgspec
+import numpy as np
+import xxhash
+
+from kvferry.errors import IntegrityError, KVError, PoolError, RegistrationError, TransferTimeout, TransportError
+from kvferry.layout import Offsets
+from kvferry.observe import get_log
+from kvferry.pool.arena import new_word
+from kvferry.pool.keys import BlockSpace, Tier, require_hashes
+from kvferry.pool.messages import (
+    AskStat,
+    Counted,
+    Exists,
+    Failed,
+    GetBlocks,
+    Leased,
+    Message,
+    NodeStat,
+    Pin,
+    PutBlocks,
+    PutDone,
+    Release,
+    Remove,
+    Reply,
+    Tiers,
+    Unpin,
+)
+from kvferry.transfer import Peer, TransferEngine, TransferSettings
+from kvferry.transport.base import BlockList, Guard, Region
+from kvferry.transport.memory import WORD_BYTES, WordTable
+
+MAX_PUTS = 512
+RECONNECT_S = 1.0
+SAME_MEMORY = ("inproc", "shm")
+_log = get_log(__name__)
+_decoder = msgspec.msgpack.Decoder(Reply)
+R = TypeVar("R", bound=Message)
+
+
+class GetResult(NamedTuple):
+    """`found[i]`: block i is whole in the caller's memory. The others' places hold unspecified bytes."""
+
+    found: list[bool]
+    from_disk: int = 0
+    transport: str | None = None
+    cause: str | None = None
+
+    @property
+    def num_prefix(self) -> int:
+        """Blocks found before the first that was not."""
+        return next((i for i, there in enumerate(self.found) if not there), len(self.found))
+
+
+class PutResult(NamedTuple):
+    """Blocks stored now, there already, and refused for want of room. The node reads none of them any more."""
+
+    stored: int
+    duplicates: int
+    refused: int
+    cause: str | None = None
+
+
+class PoolClient:
+    """One engine's connection to one node; made again by itself when the node comes back."""
+
+    def __init__(
+        self,
+        address: str,
+        space: BlockSpace,
+        *,
+        secret: bytes | None = None,
+        transports: tuple[str, ...] = ("shm", "tcp"),
+        transfer: TransferSettings | None = None,
+        deadline_s: float = 5.0,
+    ) -> None:
+        """
+        Args:
+            address: the node's `tcp://host:port`.
+            space: what this engine's blocks are (model, namespace).
+            deadline_s: for each call.
+        """
+        space.require_valid()
+        self.space, self.deadline_s = space, deadline_s
+        self.failures: Counter[str] = Counter()
+        self.address = address
+        self._engine = TransferEngine(transports=transports, secret=secret, hello=b"kvferry-pool", settings=transfer)
+        self._engine.on_message = self._on_message
+        self._engine.on_peer_lost = self._on_peer_lost
+        self._words_region = self._engine.allocate(MAX_PUTS * WORD_BYTES, name="words")
+        self._words = WordTable(self._words_region)
+        self._ids = itertools.count(1)
+        self._waiting: dict[int, asyncio.Future[Message]] = {}
+        self._peer: Peer | None = None
+        self._connecting = asyncio.Lock()
+        self._retry_at_s = 0.0
+        self._last_cause: str | None = None
+
+    async def start(self) -> None:
+        """Be ready; the node is looked for at the first call."""
+        await self._engine.start()
+
+    async def close(self) -> None:
+        """Part from the node, which drops this client's leases and pins. Idempotent."""
+        await self._engine.close()
+
+    def allocate(self, nbytes: int) -> Region:
+        """Shared memory for blocks: a node of this host maps it. `region.buffer` is uint8 [nbytes]."""
+        return self._engine.allocate(nbytes)
+
+    def register(self, buffer: Any) -> Region:
+        """Register memory for blocks (numpy or torch CPU, contiguous)."""
+        return self._engine.register(buffer)
+
+    # Calls
+
+    async def exists(self, hashes: Sequence[bytes]) -> list[Tier | None]:
+        """For each block the fastest tier that holds it; all None where the node can't be asked."""
+        try:
+            return (await self._ask(Exists(next(self._ids), self.space, list(hashes)), Tiers)).tiers
+        except (TransportError, PoolError) as error:
+            self._count(error)
+            return [None] * len(hashes)
+
+    async def get(
+        self,
+        hashes: Sequence[bytes],
+        region: Region,
+        offsets: Offsets | Sequence[int],
+        nbytes: int,
+        *,
+        prefix: bool = True,
+    ) -> GetResult:
+        """Copy blocks from the pool into registered memory here.
+
+        Args:
+            offsets: int64 [num_hashes], where each block goes in `region`.
+            nbytes: of each block.
+            prefix: stop at the first miss, as what follows would be useless.
+        Raises: RegistrationError where region and offsets do not fit.
+        """
+        targets = _checked(hashes, offsets)
+        missed = [False] * len(hashes)
+        peer, lease_id = None, next(self._ids)
+        until_s = time.monotonic() + self.deadline_s
+        try:
+            peer = await self._connect(until_s)
+            lease = await self._ask_peer(
+                peer, GetBlocks(lease_id, self.space, list(hashes), nbytes, prefix), Leased, until_s
+            )
+            if not any(lease.found):
+                return GetResult(missed)
+            picked = targets[np.asarray(lease.found)]
+            arena = peer.regions.get(lease.arena)
+            if arena is None:
+                raise TransportError("the node does not offer its arena (any more)", peer=peer.name)
+            blocks = BlockList(arena, region, np.asarray(lease.offsets, dtype=np.int64), picked, nbytes)
+            guard = Guard(lease.arena, lease.word_offset, lease.word)
+            done = await self._engine.read(peer, blocks, guard=guard, deadline_s=max(0.001, until_s - time.monotonic()))
+            if done.transport not in SAME_MEMORY:
+                await self._verify(region, picked, nbytes, lease.digests)
+            self._last_cause = None
+            return GetResult(lease.found, lease.from_disk, done.transport)
+        except RegistrationError:
+            raise
+        except (TransportError, PoolError, IntegrityError) as error:
+            self._count(error)
+            return GetResult(missed, cause=error.cause)
+        finally:
+            if peer is not None:
+                self._send(peer, Release(lease_id))
+
+    async def put(
+        self,
+        hashes: Sequence[bytes],
+        region: Region,
+        offsets: Offsets | Sequence[int],
+        nbytes: int,
+        *,
+        first: int = 0,
+        length: int = 0,
+    ) -> PutResult:
+        """Copy blocks into the pool; the memory may change again when this returns, whatever the result.
+
+        Args:
+            offsets: int64 [num_hashes], where each block lies in `region`.
+            first, length: they are blocks `first` onwards of a prompt of `length` blocks.
+        Raises: RegistrationError where region and offsets do not fit, or the node's slabs are smaller.
+        """
+        sources = _checked(hashes, offsets)
+        if len(sources) and (int(sources.min()) < 0 or int(sources.max()) + nbytes > region.nbytes):
+            raise RegistrationError(f"blocks of {nbytes} bytes at these offsets leave a region of {region.nbytes}")
+        word, request_id = new_word(), next(self._ids)
+        at: int | None = None
+        until_s = time.monotonic() + self.deadline_s
+        try:
+            at = self._words.allocate(word)
+            peer = await self._connect(until_s)
+            request = PutBlocks(
+                id=request_id,
+                space=self.space,
+                hashes=list(hashes),
+                nbytes=nbytes,
+                region=region.region_id,
+                offsets=sources.tolist(),
+                words_region=self._words_region.region_id,
+                word_offset=at,
+                word=word,
+                first=first,
+                length=length,
+            )
+            done = await self._ask_peer(peer, request, PutDone, until_s)
+            self._last_cause = None
+            return PutResult(done.stored, done.duplicates, done.refused)
+        except RegistrationError:
+            raise
+        except (TransportError, PoolError, IntegrityError) as error:
+            self._count(error)
+            return PutResult(0, 0, 0, error.cause)
+        finally:
+            # The word falls before the caller may change its blocks: a node that still reads them throws them away.
+            if at is not None:
+                self._words.free(at)
+
+    async def pin(self, hashes: Sequence[bytes]) -> int:
+        """Keep these blocks in the node's host memory while this client is connected; returns how many are there.
+
+        Raises: TransportError, PoolError, as do the calls below.
+        """
+        return (await self._ask(Pin(next(self._ids), self.space, list(hashes)), Counted)).count
+
+    async def unpin(self, hashes: Sequence[bytes]) -> int:
+        """Take back one pin of each."""
+        return (await self._ask(Unpin(next(self._ids), self.space, list(hashes)), Counted)).count
+
+    async def remove(self, hashes: Sequence[bytes]) -> int:
+        """Forget these blocks; returns how many there were."""
+        return (await self._ask(Remove(next(self._ids), self.space, list(hashes)), Counted)).count
+
+    async def clear(self) -> int:
+        """Forget all blocks of this client's space."""
+        return (await self._ask(Remove(next(self._ids), self.space, None), Counted)).count
+
+    async def stat(self) -> NodeStat:
+        """The node's figures."""
+        return await self._ask(AskStat(next(self._ids)), NodeStat)
+
+    # Inside
+
+    async def _ask(self, request: Message, kind: type[R]) -> R:
+        until_s = time.monotonic() + self.deadline_s
+        return await self._ask_peer(await self._connect(until_s), request, kind, until_s)
+
+    async def _ask_peer(self, peer: Peer, request: Message, kind: type[R], until_s: float) -> R:
+        if peer.lost is not None:
+            raise peer.lost
+        reply: asyncio.Future[Message] = asyncio.get_running_loop().create_future()
+        self._waiting[request.id] = reply
+        try:
+            peer.send(msgspec.msgpack.encode(request))
+            async with asyncio.timeout(max(0.0, until_s - time.monotonic())):
+                answer = await reply
+        except TimeoutError as error:
+            raise TransferTimeout(
+                f"the pool node did not answer within {self.deadline_s:.3f} s: it is stopped or overloaded",
+                peer=peer.name,
+            ) from error
+        finally:
+            self._waiting.pop(request.id, None)
+        if isinstance(answer, Failed):
+            if answer.cause == RegistrationError("").cause:
+                raise RegistrationError(answer.message, peer=peer.name)
+            raise PoolError(f"the pool node refused: {answer.cause}: {answer.message}", peer=peer.name)
+        if not isinstance(answer, kind):
+            raise PoolError(f"the pool node answered with a {type(answer).__name__}", peer=peer.name)
+        return answer
+
+    async def _connect(self, until_s: float) -> Peer:
+        async with self._connecting:
+            if self._peer is not None and self._peer.lost is None:
+                return self._peer
+            now_s = time.monotonic()
+            if now_s < self._retry_at_s:
+                raise TransportError(f"the pool node {self.address} was not reachable a moment ago")
+            try:
+                self._peer = await self._engine.connect(self.address, deadline_s=max(0.001, until_s - now_s))
+            except KVError:
+                self._retry_at_s = time.monotonic() + RECONNECT_S
+                raise
+            return self._peer
+
+    async def _verify(self, region: Region, offsets: Offsets, nbytes: int, digests: list[int]) -> None:
+        memory = region.buffer
+        loop = asyncio.get_running_loop()
+
+        def first_difference() -> int | None:
+            pairs = zip(offsets.tolist(), digests, strict=True)
+            wrong = (at for at, digest in pairs if xxhash.xxh3_64_intdigest(memory[at : at + nbytes].data) != digest)
+            return next(wrong, None)
+
+        wrong = await loop.run_in_executor(None, first_difference)
+        if wrong is not None:
+            raise IntegrityError(f"the block that arrived at offset {wrong} is not the one that the node holds")
+
+    def _on_message(self, peer: Peer, payload: bytes) -> None:
+        try:
+            reply = _decoder.decode(payload)
+        except msgspec.MsgspecError as error:
+            _log.warning("a message that is no reply; the connection is closed", peer=peer.name, error=str(error))
+            peer.close()
+            return
+        waiting = self._waiting.get(reply.id)
+        if waiting is not None and not waiting.done():
+            waiting.set_result(reply)
+
+    def _on_peer_lost(self, peer: Peer, reason: KVError) -> None:
+        if peer is not self._peer:
+            return
+        for waiting in self._waiting.values():
+            if not waiting.done():
+                waiting.set_exception(reason)
+
+    def _send(self, peer: Peer, request: Message) -> None:
+        if peer.lost is None:
+            try:
+                peer.send(msgspec.msgpack.encode(request))
+            except KVError as error:
+                self._count(error)
+
+    def _count(self, error: KVError) -> None:
+        self.failures[error.cause] += 1
+        if error.cause != self._last_cause:
+            self._last_cause = error.cause
+            _log.warning("the pool did not serve; misses", node=self.address, cause=error.cause, error=str(error))
+
+
+def _checked(hashes: Sequence[bytes], offsets: Offsets | Sequence[int]) -> Offsets:
+    """int64 [num_hashes]. Raises: RegistrationError."""
+    require_hashes(list(hashes))
+    targets = np.ascontiguousarray(offsets, dtype=np.int64)
+    if targets.shape != (len(hashes),):
+        raise RegistrationError(f"{len(hashes)} hashes and offsets of shape {targets.shape}; one offset for each hash")
+    return targets

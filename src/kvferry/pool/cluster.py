@@ -1,0 +1,156 @@
+"""Several nodes as one pool, as an engine sees it.
+
+Without a directory every node is asked what it has, which is for a small number of nodes. With one, this host's node is
+asked, and the directory for the others. A get is served by the node with the longest prefix, this host's among equals,
+so that what is near is not fetched over the network. A node that can't be asked counts as empty, and so does what the
+directory says when it can't be asked, or is wrong.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+
+from kvferry.errors import ConfigError, TransportError
+from kvferry.layout import Offsets
+from kvferry.observe import get_log
+from kvferry.pool.client import GetResult, PoolClient, PutResult
+from kvferry.pool.directory import Directory
+from kvferry.pool.keys import Tier
+from kvferry.transport.base import Region
+
+_log = get_log(__name__)
+
+
+class PoolNodes:
+    """A pool of several nodes as one engine sees it. Memory is registered with one of the clients, `home`."""
+
+    def __init__(
+        self,
+        clients: Sequence[PoolClient],
+        *,
+        directory: Directory | None = None,
+        connect: Callable[[str], PoolClient] | None = None,
+    ) -> None:
+        """
+        Args:
+            clients: one for each node, of one space, on one loop; the first is this host's. With a directory that one
+                is enough.
+            directory: tells which nodes hold what; its owner closes it.
+            connect: makes a client, not started, for a node that the directory names; needed with one.
+        Raises: ConfigError for no client, or clients of several spaces.
+        """
+        if not clients or len({client.space for client in clients}) != 1:
+            raise ConfigError("a pool needs one client for each node, all of one model and namespace")
+        self.home = clients[0]
+        self._clients = list(clients)
+        self._by_address = {client.address: client for client in clients}
+        self._regions: dict[int, dict[PoolClient, Region]] = {}
+        self._directory, self._connect = directory, connect
+        self._growing = asyncio.Lock()
+
+    async def start(self) -> None:
+        """Be ready; nodes are looked for at the first call."""
+        for client in self._clients:
+            await client.start()
+
+    async def close(self) -> None:
+        """Part from all nodes. Idempotent."""
+        for client in self._clients:
+            await client.close()
+
+    def allocate(self, nbytes: int) -> Region:
+        """Shared memory for blocks, known to all nodes' connections; `region.buffer` is uint8 [nbytes]."""
+        region = self.home.allocate(nbytes)
+        others = {client: client.register(region.buffer) for client in self._clients[1:]}
+        self._regions[region.region_id] = {self.home: region, **others}
+        return region
+
+    async def exists(self, hashes: Sequence[bytes]) -> list[Tier | None]:
+        """For each block the fastest tier in which any node holds it."""
+        answers = list((await self._ask_all(hashes)).values())
+        return [_fastest([answer[i] for answer in answers]) for i in range(len(hashes))]
+
+    async def get(
+        self, hashes: Sequence[bytes], region: Region, offsets: Offsets | Sequence[int], nbytes: int
+    ) -> GetResult:
+        """Copy the longest prefix that a node has; arguments and result as those of `PoolClient.get`.
+
+        Args:
+            region: what `allocate` of this object gave.
+        """
+        answers = await self._ask_all(hashes)
+        # Stable, and this host's node is the first: it comes before others that have as much.
+        ranked = sorted(answers, key=lambda client: -_prefix(answers[client]))
+        result = GetResult([False] * len(hashes))
+        for client in ranked:
+            if _prefix(answers[client]) <= result.num_prefix:
+                break
+            # The one before had less than was said of it, or is gone. Its blocks may be overwritten from here on.
+            result = await client.get(hashes, self._regions[region.region_id][client], offsets, nbytes)
+        return result
+
+    async def put(
+        self,
+        hashes: Sequence[bytes],
+        region: Region,
+        offsets: Offsets | Sequence[int],
+        nbytes: int,
+        *,
+        first: int = 0,
+        length: int = 0,
+    ) -> PutResult:
+        """Copy blocks into this host's node; arguments and result as those of `PoolClient.put`."""
+        return await self.home.put(hashes, region, offsets, nbytes, first=first, length=length)
+
+    async def remove(self, hashes: Sequence[bytes]) -> int:
+        """Forget these blocks on every node that may hold them; returns how many copies there were.
+
+        Raises: TransportError where a node, or the directory, can't be told. Some copies may be left then.
+        """
+        if self._directory is not None:
+            holders = await self._directory.lookup(self.home.space, hashes)
+            for address in set().union(*holders):
+                await self._client_of(address)
+        return sum(await asyncio.gather(*(client.remove(hashes) for client in self._clients)))
+
+    async def _ask_all(self, hashes: Sequence[bytes]) -> dict[PoolClient, list[Tier | None]]:
+        if self._directory is None:
+            answers = await asyncio.gather(*(client.exists(hashes) for client in self._clients))
+            return dict(zip(self._clients, answers, strict=True))
+        here = await self.home.exists(hashes)
+        if _prefix(here) == len(hashes):
+            return {self.home: here}
+        try:
+            holders = await self._directory.lookup(self.home.space, hashes)
+        except TransportError as error:
+            _log.warning("the directory can't be asked; only this host's node is", cause=error.cause, error=str(error))
+            return {self.home: here}
+        found: dict[PoolClient, list[Tier | None]] = {self.home: here}
+        for address in sorted(set().union(*holders)):
+            client = await self._client_of(address)
+            if client is not self.home:
+                # A node says itself in which tier a block is, when it is asked for it.
+                found[client] = [Tier.HOST if address in nodes else None for nodes in holders]
+        return found
+
+    async def _client_of(self, address: str) -> PoolClient:
+        async with self._growing:
+            client = self._by_address.get(address)
+            if client is None:
+                assert self._connect is not None, "a pool with a directory needs `connect`"
+                client = self._connect(address)
+                await client.start()
+                for regions in self._regions.values():
+                    regions[client] = client.register(regions[self.home].buffer)
+                self._clients.append(client)
+                self._by_address[address] = client
+            return client
+
+
+def _prefix(tiers: list[Tier | None]) -> int:
+    return next((i for i, tier in enumerate(tiers) if tier is None), len(tiers))
+
+
+def _fastest(tiers: list[Tier | None]) -> Tier | None:
+    return Tier.HOST if Tier.HOST in tiers else Tier.DISK if Tier.DISK in tiers else None

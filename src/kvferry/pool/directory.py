@@ -1,0 +1,94 @@
+"""Who holds what: the contract of a directory, and the embedded one. A hint: the node that is named decides.
+
+A node is known by its incarnation, so that a node that starts again is another one and inherits nothing. It holds a
+lease; without one its entries count for nothing. A directory that lost everything, or a node whose lease lapsed, shows
+in `renew`, upon which the node reports all that it has before it is visible again.
+"""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Sequence
+
+from kvferry.clock import Clock, RealClock
+from kvferry.pool.keys import BlockSpace
+from kvferry.types import Incarnation
+
+BlockName = tuple[BlockSpace, bytes]
+
+
+class Directory(abc.ABC):
+    """Where nodes report and clients look up. All calls are batches. After a failure they may be repeated."""
+
+    @abc.abstractmethod
+    async def renew(self, node: Incarnation, ttl_s: float) -> bool:
+        """Prolong the node's lease. False: it has none; report everything, then `join`.
+
+        Raises: TransportError if the directory can't be reached; so do all calls.
+        """
+
+    @abc.abstractmethod
+    async def join(self, node: Incarnation, address: str, ttl_s: float) -> None:
+        """Make the node, whose report is complete, visible for `ttl_s`."""
+
+    @abc.abstractmethod
+    async def report(self, node: Incarnation, added: Sequence[BlockName], removed: Sequence[BlockName]) -> None:
+        """What the node has now and had not, and the other way round."""
+
+    @abc.abstractmethod
+    async def leave(self, node: Incarnation) -> None:
+        """The node is gone for good."""
+
+    @abc.abstractmethod
+    async def lookup(self, space: BlockSpace, hashes: Sequence[bytes]) -> list[tuple[str, ...]]:
+        """For each block the addresses of the live nodes that reported it."""
+
+    @abc.abstractmethod
+    async def close(self) -> None:
+        """Give connections back. Idempotent."""
+
+
+class EmbeddedDirectory(Directory):
+    """For nodes and clients of one process. Loses everything with it."""
+
+    def __init__(self, clock: Clock | None = None) -> None:
+        self._clock = clock or RealClock()
+        self._nodes: dict[Incarnation, tuple[str, float]] = {}
+        self._holders: dict[BlockName, set[Incarnation]] = {}
+
+    async def renew(self, node: Incarnation, ttl_s: float) -> bool:
+        known = self._nodes.get(node)
+        if known is None or known[1] <= self._clock.now_s():
+            return False
+        self._nodes[node] = known[0], self._clock.now_s() + ttl_s
+        return True
+
+    async def join(self, node: Incarnation, address: str, ttl_s: float) -> None:
+        self._nodes[node] = address, self._clock.now_s() + ttl_s
+
+    async def report(self, node: Incarnation, added: Sequence[BlockName], removed: Sequence[BlockName]) -> None:
+        for name in removed:
+            self._drop(name, node)
+        for name in added:
+            self._holders.setdefault(name, set()).add(node)
+
+    async def leave(self, node: Incarnation) -> None:
+        self._nodes.pop(node, None)
+        for name in [name for name, holders in self._holders.items() if node in holders]:
+            self._drop(name, node)
+
+    async def lookup(self, space: BlockSpace, hashes: Sequence[bytes]) -> list[tuple[str, ...]]:
+        now_s = self._clock.now_s()
+        live = {node: address for node, (address, until_s) in self._nodes.items() if until_s > now_s}
+        found = (self._holders.get((space, block_hash), ()) for block_hash in hashes)
+        return [tuple(sorted(live[node] for node in holders if node in live)) for holders in found]
+
+    async def close(self) -> None:
+        pass
+
+    def _drop(self, name: BlockName, node: Incarnation) -> None:
+        holders = self._holders.get(name)
+        if holders is not None:
+            holders.discard(node)
+            if not holders:
+                del self._holders[name]

@@ -1,0 +1,411 @@
+"""The node's index: which blocks lie where, who holds them, what leaves. No I/O; used on one thread.
+
+A block is absent, pending (a slab is being filled; nobody sees it), or committed: in a slab, in a disk slot, or both.
+Slabs are freed only when no hold is left on them. Ways that a slab is held: a get's lease, a pin, a disk write.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from kvferry.errors import InvalidTransition, RegistrationError
+from kvferry.policy.eviction import Place
+from kvferry.policy.eviction_choice import create_eviction
+from kvferry.pool.arena import Arena
+from kvferry.pool.keys import BlockSpace, Tier
+
+Key = tuple[int, bytes]
+
+
+@dataclass(slots=True, eq=False)
+class Entry:
+    """One committed block. `digest` is its xxh3-64. `slab` and `slot` say where it lies; `holds` keep its slab."""
+
+    key: Key
+    nbytes: int
+    digest: int
+    place: Place[Key]
+    slab: int | None = None
+    slot: int | None = None
+    holds: int = 0
+    pins: int = 0
+    reuses: int = 0
+    removed: bool = False
+
+
+@dataclass(slots=True)
+class PendingBlock:
+    """A slab that is being filled for a block; `cancelled` by a remove that overtook the put."""
+
+    index: int
+    key: Key
+    slab: int
+    place: Place[Key]
+    cancelled: bool = False
+
+
+class Put(NamedTuple):
+    """What a put may fill: one slab for each block that is absent and has room. Ends by commit or abort, once."""
+
+    space: BlockSpace
+    nbytes: int
+    epoch: int
+    blocks: list[PendingBlock]
+    duplicates: int
+    refused: int
+
+
+@dataclass(slots=True)
+class _Space:
+    number: int
+    quota: int | None
+    entries: dict[bytes, Entry] = field(default_factory=dict)
+    pending: dict[bytes, PendingBlock] = field(default_factory=dict)
+    # Blocks in host memory, the one not used for longest first: what a namespace at its quota gives up.
+    recent: OrderedDict[bytes, None] = field(default_factory=OrderedDict)
+    epoch: int = 0
+
+
+class BlockIndex:
+    """All blocks of one node."""
+
+    def __init__(self, arena: Arena, *, eviction: str, quotas: dict[str, int] | None = None) -> None:
+        """
+        Args:
+            quotas: bytes of host memory (whole slabs count) that a namespace may fill, over all its fingerprints.
+        Raises: ConfigError for an unknown eviction policy.
+        """
+        self.arena = arena
+        self._quotas = quotas or {}
+        self._policy = create_eviction(eviction, arena.num_slabs, tuple[int, bytes])
+        self._spaces: dict[BlockSpace, _Space] = {}
+        self._numbers: list[_Space] = []
+        self._names: list[BlockSpace] = []
+        self._used: dict[str, int] = {}
+        self._held: set[Key] = set()
+        self._freed_slots: list[int] = []
+        # Blocks that came or went since they were last asked for; the last word on each.
+        self._changes: dict[tuple[BlockSpace, bytes], bool] = {}
+        self._num_pending = 0
+        self._num_removed_slabs = 0
+        self.evictions = 0
+
+    # Looking
+
+    def tiers(self, space: BlockSpace, hashes: Sequence[bytes]) -> list[Tier | None]:
+        """For each block the fastest tier that holds it; None for a miss."""
+        known = self._spaces.get(space)
+        if known is None:
+            return [None] * len(hashes)
+        found = map(known.entries.get, hashes)
+        return [None if e is None else Tier.HOST if e.slab is not None else Tier.DISK for e in found]
+
+    def find(self, space: BlockSpace, hashes: Sequence[bytes]) -> list[Entry | None]:
+        """The committed blocks among these."""
+        known = self._spaces.get(space)
+        return [None] * len(hashes) if known is None else [known.entries.get(h) for h in hashes]
+
+    def spaces(self) -> list[tuple[BlockSpace, int, int]]:
+        """Each space with its number of blocks in any tier and its bytes in host memory."""
+        return [
+            (space, len(known.entries), len(known.recent) * self.arena.slab_bytes)
+            for space, known in self._spaces.items()
+        ]
+
+    def space_of(self, entry: Entry) -> BlockSpace:
+        """The space that a block belongs to."""
+        return self._names[entry.key[0]]
+
+    def names(self) -> list[tuple[BlockSpace, bytes]]:
+        """Every block in any tier."""
+        return [(space, block_hash) for space, known in self._spaces.items() for block_hash in known.entries]
+
+    def take_changes(self) -> dict[tuple[BlockSpace, bytes], bool]:
+        """Blocks that came (True) or went (False) since the last call."""
+        changes, self._changes = self._changes, {}
+        return changes
+
+    def epoch(self, space: BlockSpace) -> int:
+        """How often the space was cleared."""
+        return self._space(space).epoch
+
+    # Putting
+
+    def begin_put(self, space: BlockSpace, hashes: Sequence[bytes], nbytes: int, *, first: int, length: int) -> Put:
+        """Take slabs for the blocks that are absent; others leave where the arena or the namespace's quota is full.
+
+        Args:
+            nbytes: of each block.
+            first, length: the blocks are `first`, `first + 1`, … of a prompt of `length` blocks.
+        Raises: RegistrationError if the blocks are larger than a slab.
+        """
+        if not 0 < nbytes <= self.arena.slab_bytes:
+            raise RegistrationError(
+                f"blocks of {nbytes} bytes; this node holds blocks of 1 to {self.arena.slab_bytes}: start it with "
+                "larger slabs"
+            )
+        known = self._space(space)
+        put = Put(space, nbytes, known.epoch, [], 0, 0)
+        duplicates = refused = 0
+        for index, block_hash in enumerate(hashes):
+            entry = known.entries.get(block_hash)
+            parent = (known.number, hashes[index - 1]) if index else None
+            place = Place(first + index, max(length, first + index + 1), parent)
+            if block_hash in known.pending or (entry is not None and entry.slab is not None):
+                duplicates += 1
+                if entry is not None:
+                    # A prompt that computed it again would have used it, had its prefix been there.
+                    self._touch(entry, place)
+                continue
+            slab = self._make_room(space, known)
+            if slab is None:
+                refused += 1
+                continue
+            block = PendingBlock(index, (known.number, block_hash), slab, place)
+            known.pending[block_hash] = block
+            self._num_pending += 1
+            put.blocks.append(block)
+        return put._replace(duplicates=duplicates, refused=refused)
+
+    def commit_put(self, put: Put, digests: Sequence[int]) -> list[Entry]:
+        """The slabs are filled: from now on readers see these blocks. What was removed or cleared meanwhile is dropped.
+
+        Args:
+            digests: xxh3-64 of each of `put.blocks`.
+        """
+        known, stored = self._space(put.space), list[Entry]()
+        filled = list(zip(put.blocks, digests, strict=True))
+        for block, digest in reversed(filled) if self._policy.deepest_first else filled:
+            self._end_pending(known, block)
+            entry = known.entries.get(block.key[1])
+            if block.cancelled or put.epoch != known.epoch or (entry is not None and entry.slab is not None):
+                self._free_slab(put.space.namespace, block.slab)
+                continue
+            if entry is not None and (entry.digest != digest or entry.nbytes != put.nbytes):
+                # It was on disk only, with other bytes: a digest must fit the slab and the slot alike.
+                self._forget(known, entry)
+                entry = None
+            if entry is None:
+                entry = Entry(block.key, put.nbytes, digest, block.place)
+                known.entries[block.key[1]] = entry
+                self._changes[put.space, block.key[1]] = True
+            self._in_host(known, entry, block.slab)
+            stored.append(entry)
+        return stored
+
+    def abort_put(self, put: Put) -> None:
+        """The slabs were not filled, and nobody writes into them any more."""
+        known = self._space(put.space)
+        for block in put.blocks:
+            self._end_pending(known, block)
+            self._free_slab(put.space.namespace, block.slab)
+
+    # Using
+
+    def use(self, entries: Sequence[Entry], *, length: int = 0) -> None:
+        """Tell the policy that these blocks of one prompt of `length` blocks, in prefix order, served a request."""
+        for entry in reversed(entries) if self._policy.deepest_first else entries:
+            entry.reuses += 1
+            self._touch(entry, entry.place._replace(num_blocks=max(length, entry.place.depth + 1)))
+
+    def in_host(self, entry: Entry) -> bool:
+        """Whether the block can be held now: it was not removed, and has a slab."""
+        return entry.slab is not None and not entry.removed
+
+    def hold(self, entry: Entry) -> None:
+        """Keep the block's slab as it is until `release`."""
+        if entry.slab is None:
+            raise InvalidTransition(f"block {entry.key[1].hex()}", "on disk", "hold")
+        entry.holds += 1
+        self._held.add(entry.key)
+
+    def release(self, entry: Entry) -> None:
+        """End one hold; a block that was removed meanwhile gives its slab back with the last one."""
+        if entry.holds < 1:
+            raise InvalidTransition(f"block {entry.key[1].hex()}", "not held", "release")
+        entry.holds -= 1
+        if entry.holds:
+            return
+        if entry.removed:
+            assert entry.slab is not None
+            self._num_removed_slabs -= 1
+            self._free_slab(self.space_of(entry).namespace, entry.slab)
+            entry.slab = None
+        else:
+            self._held.discard(entry.key)
+
+    def pin(self, space: BlockSpace, hashes: Sequence[bytes]) -> int:
+        """Keep these blocks in host memory until as many `unpin`; returns how many of them are there."""
+        found = [entry for entry in self.find(space, hashes) if entry is not None and entry.slab is not None]
+        for entry in found:
+            entry.pins += 1
+            self.hold(entry)
+        return len(found)
+
+    def unpin(self, space: BlockSpace, hashes: Sequence[bytes]) -> int:
+        """Take back one pin of each; returns how many had one."""
+        found = [entry for entry in self.find(space, hashes) if entry is not None and entry.pins]
+        for entry in found:
+            entry.pins -= 1
+            self.release(entry)
+        return len(found)
+
+    def remove(self, space: BlockSpace, hashes: Sequence[bytes]) -> int:
+        """Misses from now on, also where a put is under way; a slab under a hold is freed with its last hold."""
+        known, removed = self._space(space), 0
+        for block_hash in hashes:
+            pending = known.pending.get(block_hash)
+            if pending is not None:
+                pending.cancelled = True
+            entry = known.entries.get(block_hash)
+            if entry is not None:
+                self._forget(known, entry)
+                removed += 1
+        return removed
+
+    def clear(self, space: BlockSpace) -> int:
+        """Remove all blocks of a space; puts that began before are dropped when they commit."""
+        known = self._space(space)
+        known.epoch += 1
+        return self.remove(space, list(known.entries))
+
+    # Disk
+
+    def on_disk(self, entry: Entry, slot: int) -> None:
+        """The block lies in this disk slot too."""
+        entry.slot = slot
+
+    def adopt(self, space: BlockSpace, block_hash: bytes, nbytes: int, digest: int, slot: int) -> bool:
+        """A block that the disk held when the node started; False if the block is known already."""
+        known = self._space(space)
+        if block_hash in known.entries:
+            return False
+        entry = Entry((known.number, block_hash), nbytes, digest, Place(), slot=slot)
+        known.entries[block_hash] = entry
+        self._changes[space, block_hash] = True
+        return True
+
+    def begin_load(self, entry: Entry) -> int | None:
+        """A slab into which a block that is on disk only may be read; None where there is no room."""
+        space = self.space_of(entry)
+        slab = self._make_room(space, self._space(space))
+        self._num_pending += slab is not None
+        return slab
+
+    def end_load(self, entry: Entry, slab: int, *, good: bool) -> None:
+        """The slab holds the block's bytes; or (not `good`) it does not: the block on disk is broken and forgotten."""
+        space = self.space_of(entry)
+        known = self._space(space)
+        self._num_pending -= 1
+        if not good or entry.removed or entry.slab is not None:
+            self._free_slab(space.namespace, slab)
+            if not good and not entry.removed:
+                self._forget(known, entry)
+            return
+        self._in_host(known, entry, slab)
+
+    def leave_disk(self, entry: Entry) -> None:
+        """The disk gives the block's slot to another."""
+        entry.slot = None
+        if entry.slab is None and not entry.removed:
+            self._forget(self._space(self.space_of(entry)), entry)
+
+    def take_freed_slots(self) -> list[int]:
+        """Disk slots of blocks that were forgotten since the last call."""
+        freed, self._freed_slots = self._freed_slots, []
+        return freed
+
+    def check_integrity(self) -> None:
+        """Raises: AssertionError unless free, pending and occupied slabs are all there are, each with one owner."""
+        entries = [e for known in self._spaces.values() for e in known.entries.values()]
+        in_host = [e for e in entries if e.slab is not None]
+        total = self.arena.num_free + self._num_pending + len(in_host) + self._num_removed_slabs
+        assert total == self.arena.num_slabs, f"{total} slabs accounted for, {self.arena.num_slabs} exist"
+        assert len({e.slab for e in in_host}) == len(in_host), "two blocks share a slab"
+        assert {e.key for e in in_host if e.holds} == self._held, "held keys and holds differ"
+        assert len(self._policy) == len(in_host), f"the policy knows {len(self._policy)} of {len(in_host)} blocks"
+        used = sum(self._used.values())
+        assert used == self.arena.num_slabs - self.arena.num_free, f"{used} slabs are charged to namespaces"
+
+    # Inside
+
+    def _space(self, space: BlockSpace) -> _Space:
+        known = self._spaces.get(space)
+        if known is None:
+            known = _Space(len(self._numbers), self._quotas.get(space.namespace))
+            self._spaces[space] = known
+            self._numbers.append(known)
+            self._names.append(space)
+        return known
+
+    def _make_room(self, space: BlockSpace, known: _Space) -> int | None:
+        used = self._used.get(space.namespace, 0)
+        if known.quota is not None and (used + 1) * self.arena.slab_bytes > known.quota:
+            own = next((h for h in known.recent if (known.number, h) not in self._held), None)
+            if own is None:
+                return None
+            self._policy.discard((known.number, own))
+            self._leave_host(known, known.entries[own])
+        elif not self.arena.num_free:
+            victim = self._policy.evict(self._held)
+            if victim is None:
+                return None
+            victims = self._numbers[victim[0]]
+            self._leave_host(victims, victims.entries[victim[1]])
+        slab = self.arena.take()
+        if slab is not None:
+            self._used[space.namespace] = self._used.get(space.namespace, 0) + 1
+        return slab
+
+    def _in_host(self, known: _Space, entry: Entry, slab: int) -> None:
+        entry.slab = slab
+        known.recent[entry.key[1]] = None
+        self._policy.insert(entry.key, entry.place)
+
+    def _leave_host(self, known: _Space, entry: Entry) -> None:
+        """Evicted: the slab is free; the block stays where it is on disk, too."""
+        self.evictions += 1
+        assert entry.slab is not None
+        slab, entry.slab = entry.slab, None
+        del known.recent[entry.key[1]]
+        self._free_slab(self.space_of(entry).namespace, slab)
+        if entry.slot is None:
+            self._forget(known, entry)
+
+    def _forget(self, known: _Space, entry: Entry) -> None:
+        entry.removed = True
+        del known.entries[entry.key[1]]
+        self._changes[self.space_of(entry), entry.key[1]] = False
+        if entry.slot is not None:
+            self._freed_slots.append(entry.slot)
+            entry.slot = None
+        if entry.slab is None:
+            return
+        self._policy.discard(entry.key)
+        known.recent.pop(entry.key[1], None)
+        self._held.discard(entry.key)
+        while entry.pins:
+            entry.pins -= 1
+            entry.holds -= 1
+        if entry.holds:
+            self._num_removed_slabs += 1
+        else:
+            self._free_slab(self.space_of(entry).namespace, entry.slab)
+            entry.slab = None
+
+    def _touch(self, entry: Entry, place: Place[Key]) -> None:
+        if entry.slab is not None and entry.key in self._policy:
+            entry.place = place
+            self._policy.touch(entry.key, place)
+            self._numbers[entry.key[0]].recent.move_to_end(entry.key[1])
+
+    def _end_pending(self, known: _Space, block: PendingBlock) -> None:
+        del known.pending[block.key[1]]
+        self._num_pending -= 1
+
+    def _free_slab(self, namespace: str, slab: int) -> None:
+        self.arena.give(slab)
+        self._used[namespace] -= 1

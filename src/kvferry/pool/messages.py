@@ -1,0 +1,154 @@
+"""What clients and a pool node say to one another, over the transfer engine's authenticated connections.
+
+The bytes of blocks never travel in messages: the node pulls what is put from the client's registered memory, and the
+client reads what it gets from the node's arena. Each request carries an id that its reply repeats.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import msgspec
+from msgspec import Meta
+
+from kvferry.pool.keys import BlockSpace, Tier
+
+Size = Annotated[int, Meta(ge=0, le=1 << 50)]
+"""Bytes, offsets and counts that a peer may name: what is larger is no message."""
+
+
+class Message(msgspec.Struct, frozen=True, tag=True, array_like=True):
+    """Base of all: `id` pairs a reply with its request."""
+
+    id: int
+
+
+class Exists(Message, frozen=True):
+    """Which of these blocks are there?"""
+
+    space: BlockSpace
+    hashes: list[bytes]
+
+
+class PutBlocks(Message, frozen=True):
+    """Pull these blocks from region `region` of mine, `nbytes` from each offset, as long as the word stands.
+
+    The blocks are number `first` onwards of a prompt of `length` blocks.
+    """
+
+    space: BlockSpace
+    hashes: list[bytes]
+    nbytes: Size
+    region: Size
+    offsets: list[Size]
+    words_region: Size
+    word_offset: Size
+    word: int
+    first: Size
+    length: Size
+
+
+class GetBlocks(Message, frozen=True):
+    """Lease me these blocks; with `prefix`, those before the first miss only. Blocks of another size are misses."""
+
+    space: BlockSpace
+    hashes: list[bytes]
+    nbytes: Size
+    prefix: bool
+
+
+class Release(Message, frozen=True):
+    """My reads under this lease (its id) have ended. No reply."""
+
+
+class Pin(Message, frozen=True):
+    """Keep these blocks in host memory until I unpin them or am gone."""
+
+    space: BlockSpace
+    hashes: list[bytes]
+
+
+class Unpin(Message, frozen=True):
+    """Take back one pin of mine for each of these blocks."""
+
+    space: BlockSpace
+    hashes: list[bytes]
+
+
+class Remove(Message, frozen=True):
+    """Forget these blocks; all of the space for None."""
+
+    space: BlockSpace
+    hashes: list[bytes] | None
+
+
+class AskStat(Message, frozen=True):
+    """How are you?"""
+
+
+Request = Exists | PutBlocks | GetBlocks | Release | Pin | Unpin | Remove | AskStat
+
+
+class Tiers(Message, frozen=True):
+    """To Exists: the fastest tier of each block."""
+
+    tiers: list[Tier | None]
+
+
+class PutDone(Message, frozen=True):
+    """To PutBlocks: the node reads no more of the client's memory."""
+
+    stored: int
+    duplicates: int
+    refused: int
+
+
+class Leased(Message, frozen=True):
+    """To GetBlocks: the lease `id` guards these blocks by its word. `offsets` and `digests` (xxh3-64) of the found."""
+
+    found: list[bool]
+    arena: int
+    offsets: list[int]
+    digests: list[int]
+    word_offset: int
+    word: int
+    from_disk: int
+
+
+class Counted(Message, frozen=True):
+    """To Pin, Unpin and Remove: how many blocks it concerned."""
+
+    count: int
+
+
+class SpaceStat(msgspec.Struct, frozen=True):
+    """One space of a node."""
+
+    fingerprint: str
+    namespace: str
+    blocks: int
+    host_bytes: int
+
+
+class NodeStat(Message, frozen=True):
+    """To AskStat: figures since the start."""
+
+    address: str
+    num_slabs: int
+    free_slabs: int
+    slab_bytes: int
+    disk_slots: int
+    blocks_on_disk: int
+    leases: int
+    counts: dict[str, int]
+    spaces: list[SpaceStat]
+
+
+class Failed(Message, frozen=True):
+    """To any request: it was refused, and nothing was done."""
+
+    cause: str
+    message: str
+
+
+Reply = Tiers | PutDone | Leased | Counted | NodeStat | Failed

@@ -1,0 +1,145 @@
+"""Copying many blocks inside one address space, off the GIL; the word of a lease, loaded and stored atomically."""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+import time
+from collections.abc import Iterator
+
+import numpy as np
+
+from kvferry.errors import HandoffAborted, TransferTimeout
+from kvferry.layout import Offsets
+from kvferry.transport.base import BlockList, StopToken
+
+try:
+    from kvferry.transport import _copy  # type: ignore[attr-defined, unused-ignore]
+except ImportError:  # The wheel was built without a C compiler.
+    _copy = None
+
+SLICE_BYTES = 64 << 20
+"""How much is copied between two looks at the stop token and the deadline: some 6 ms."""
+
+STREAMING_FROM_BYTES = 4 << 20
+"""Batches from this size on bypass the caches: the reader's L2 could not hold them anyway."""
+
+_fence = threading.Lock()
+
+
+class Limits:
+    """What ends a transfer early: its deadline and its stop token."""
+
+    __slots__ = ("deadline_s", "peer", "stop", "until_s")
+
+    def __init__(self, stop: StopToken, deadline_s: float, peer: str) -> None:
+        self.stop, self.deadline_s, self.peer = stop, deadline_s, peer
+        self.until_s = time.monotonic() + deadline_s
+
+    def check(self) -> None:
+        """Raises: HandoffAborted if asked to stop, TransferTimeout if the deadline has passed."""
+        if self.stop.is_set():
+            raise HandoffAborted("the transfer was stopped by its caller", peer=self.peer)
+        if time.monotonic() > self.until_s:
+            raise TransferTimeout(
+                f"the transfer was not complete within {self.deadline_s:.3f} s: the peer is stopped or overloaded, the "
+                "network slow or cut, or the deadline too short for this many bytes",
+                peer=self.peer,
+            )
+
+    def remaining_s(self) -> float:
+        return self.until_s - time.monotonic()
+
+
+def slices(blocks: list[BlockList], max_bytes: int, max_blocks: int = 1 << 20) -> Iterator[BlockList]:
+    """The same copies in lists of at most `max_bytes` and `max_blocks`; blocks larger than `max_bytes` are cut."""
+    for part in blocks:
+        if part.nbytes > max_bytes:
+            for at in range(0, part.nbytes, max_bytes):
+                piece = part._replace(
+                    source_offsets=part.source_offsets + at,
+                    target_offsets=part.target_offsets + at,
+                    nbytes=min(max_bytes, part.nbytes - at),
+                )
+                yield from slices([piece], max_bytes, max_blocks)
+            continue
+        count = len(part.source_offsets)
+        step = max(1, min(max_blocks, max_bytes // max(1, part.nbytes)))
+        if count <= step:
+            yield part
+            continue
+        for first in range(0, count, step):
+            yield part._replace(
+                source_offsets=part.source_offsets[first : first + step],
+                target_offsets=part.target_offsets[first : first + step],
+            )
+
+
+def batches(blocks: list[BlockList], max_bytes: int) -> list[list[BlockList]]:
+    """The same copies in order, in batches of at most `max_bytes`; at least one batch, which may be empty."""
+    made: list[list[BlockList]] = [[]]
+    room = max_bytes
+    for part in slices(blocks, max_bytes):
+        if part.total_bytes > room and made[-1]:
+            made.append([])
+            room = max_bytes
+        made[-1].append(part)
+        room -= part.total_bytes
+    return made
+
+
+def copy_blocks(
+    target: int, source: int, target_offsets: Offsets, source_offsets: Offsets, nbytes: int, streaming: bool
+) -> None:
+    """Copy blocks of `nbytes` between two mapped areas given by their addresses; complete and visible on return.
+
+    Args:
+        target_offsets, source_offsets: int64 [num_blocks], C-contiguous, already validated.
+    """
+    count = len(source_offsets)
+    if _copy is not None:
+        targets, sources = np.ascontiguousarray(target_offsets), np.ascontiguousarray(source_offsets)
+        _copy.copy_blocks(
+            target, source, targets.ctypes.data, sources.ctypes.data, count, nbytes, int(streaming and nbytes >= 8192)
+        )
+        return
+    memmove = ctypes.memmove
+    for to, origin in zip((target_offsets + target).tolist(), (source_offsets + source).tolist(), strict=True):
+        memmove(to, origin, nbytes)
+
+
+def copy_list(part: BlockList, target: int, source: int, limits: Limits, total_bytes: int) -> None:
+    """Copy one block list, looking at the limits between slices.
+
+    Raises: HandoffAborted, TransferTimeout. After failure some blocks are copied, some are not; none will be.
+    """
+    if len(part.source_offsets) == 1 and part.nbytes <= STREAMING_FROM_BYTES:
+        ctypes.memmove(target + int(part.target_offsets[0]), source + int(part.source_offsets[0]), part.nbytes)
+        return
+    streaming = total_bytes >= STREAMING_FROM_BYTES
+    for piece in slices([part], SLICE_BYTES):
+        limits.check()
+        copy_blocks(target, source, piece.target_offsets, piece.source_offsets, piece.nbytes, streaming)
+
+
+def load_word(address: int) -> int:
+    """8 aligned bytes as a signed integer, atomically, not earlier than anything that this thread loaded before."""
+    if _copy is not None:
+        return int(_copy.load_word(address))
+    _order()
+    return ctypes.c_int64.from_address(address).value
+
+
+def store_word(address: int, word: int) -> None:
+    """Store 8 aligned bytes atomically; visible before anything that this thread stores later (T3)."""
+    if _copy is not None:
+        _copy.store_word(address, word)
+        return
+    ctypes.c_int64.from_address(address).value = word
+    _order()
+
+
+def _order() -> None:
+    # Taking and giving a lock back orders memory on every machine; a plain load or store does so on x86 only.
+    with _fence:
+        pass

@@ -1,0 +1,344 @@
+"""Transport between GPUs of one host: the reader's GPU pulls scattered blocks out of the peer's memory (CUDA IPC).
+
+An owner exports the IPC handle of each registered CUDA tensor's allocation. A reader opens the handle once, on its own
+device, and copies a whole batch with one kernel (or several, each of bounded size, so that a stop is bounded), straight
+from the peer's blocks into its own: over NVLink between two GPUs, within the memory of one.
+
+Identity, liveness and tokens are those of the shm transport: its beacon tells whether the peer lives and whether a
+region is still registered under its token; both are looked at before and after each copy. What the driver guarantees
+of memory whose owner died is not relied on: a copy during which the peer died is an error, and the handles are closed.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import weakref
+from collections.abc import Iterator
+from collections.abc import Mapping as Dict
+from contextlib import contextmanager
+from typing import Any, ClassVar, NamedTuple
+
+import msgspec
+import numpy as np
+
+from kvferry.errors import LeaseExpired, PeerGone, RegistrationError, TransportClosed, TransportError
+from kvferry.layout import Offsets
+from kvferry.transport import cuda_runtime as cuda
+from kvferry.transport.base import BlockList, Guard, Link, Region, RemoteRegion, StopToken, Transport
+from kvferry.transport.blocks import check_blocks
+from kvferry.transport.copying import Limits, slices
+from kvferry.transport.cuda_copy import BlockCopier, CudaSettings, Path, Run
+from kvferry.transport.inproc import require_word
+from kvferry.transport.registry import TransportContext
+from kvferry.transport.shm import ShmLink, ShmTransport
+from kvferry.types import Incarnation
+
+__all__ = ["CudaLink", "CudaSettings", "CudaTransport"]
+
+
+class CudaTransport(Transport):
+    """Serves one engine's CUDA memory to processes of the same host and user, and reads theirs."""
+
+    scheme: ClassVar[str] = "cuda"
+
+    def __init__(self, context: TransportContext, settings: CudaSettings | None = None) -> None:
+        """Raises: TransportError where this process sees no GPU."""
+        self.settings = settings or CudaSettings()
+        self.uuids = cuda.device_uuids()
+        self._beacon = ShmTransport(context)
+        self._lock = threading.Lock()
+        self._copiers: dict[int, BlockCopier] = {}
+        self._pinned: dict[int, int] = {}
+        self._links: weakref.WeakSet[CudaLink] = weakref.WeakSet()
+
+    def offer(self) -> Dict[str, Any]:
+        return {"beacon": self._beacon.offer(), "pid": os.getpid(), "devices": self.uuids}
+
+    def export(self, region: Region) -> dict[str, Any] | None:
+        """Also makes the region's device ready to copy: compiles the kernels, which takes seconds the first time."""
+        if region.kind != "cuda":
+            return None
+        shared = cuda.ipc_handle(region.address, region.nbytes, region.device)
+        self.copier(region.device)
+        slot = self._beacon.export(msgspec.structs.replace(region, kind="host", backing=None))
+        return {
+            "beacon": slot,
+            "handle": shared.handle,
+            "offset": shared.offset,
+            "uuid": self.uuids[region.device],
+            "device": region.device,
+            "address": region.address,
+        }
+
+    def withdraw(self, region: Region) -> None:
+        self._beacon.withdraw(region)
+        with self._lock:
+            pinned = self._pinned.pop(region.region_id, None)
+        if pinned is not None:
+            cuda.unpin(pinned)
+
+    def connect(self, offer: Dict[str, Any], *, peer: str, incarnation: Incarnation, deadline_s: float) -> Link:
+        beacon = self._beacon.connect(offer["beacon"], peer=peer, incarnation=incarnation, deadline_s=deadline_s)
+        assert isinstance(beacon, ShmLink)
+        link = CudaLink(self, beacon, offer, peer=peer)
+        self._links.add(link)
+        return link
+
+    def copy(self, blocks: list[BlockList], *, stop: StopToken, deadline_s: float) -> None:
+        """Copy between two local regions, of which at least one is CUDA memory: a cache's blocks out to pinned host
+        memory, or back, in one launch. Host regions are pinned on first use and stay so until withdrawn.
+
+        Raises and failure as for `Link.read`.
+        """
+        limits = Limits(stop, deadline_s, "this process")
+        runs: dict[int, list[Run]] = {}
+        for part in self.bounded(check_blocks(blocks)):
+            assert isinstance(part.source, Region) and isinstance(part.target, Region)
+            device = self.device_of(part.source, part.target)
+            path: Path = "device" if part.source.kind == part.target.kind else "host"
+            source, target = self.address_of(part.source, device), self.address_of(part.target, device)
+            run = Run(part.source_offsets, source, part.target_offsets, target, part.nbytes, path)
+            runs.setdefault(device, []).append(run)
+        for device, of_device in runs.items():
+            self.copier(device).copy(merged(of_device), limits)
+
+    def close(self) -> None:
+        for link in list(self._links):
+            link.close()
+        with self._lock:
+            copiers, self._copiers = self._copiers, {}
+            pinned, self._pinned = self._pinned, {}
+        for copier in copiers.values():
+            copier.close()
+        for address in pinned.values():
+            cuda.unpin(address)
+        self._beacon.close()
+
+    def copier(self, device: int) -> BlockCopier:
+        """What copies with this device's SMs; made on first use."""
+        with self._lock:
+            if (copier := self._copiers.get(device)) is None:
+                copier = BlockCopier(device, self.settings)
+                copier.warm()
+                self._copiers[device] = copier
+            return copier
+
+    def bounded(self, blocks: list[BlockList]) -> Iterator[BlockList]:
+        """The same copies; blocks larger than a launch may be are cut."""
+        most = self.settings.launch_bytes
+        return slices(blocks, most) if any(part.nbytes > most for part in blocks) else iter(blocks)
+
+    def is_stuck(self) -> bool:
+        return any(copier.stuck for copier in self._copiers.values())
+
+    def device_of(self, *regions: Region) -> int:
+        """The device that copies between these local regions.
+
+        Raises: TransportError if none is CUDA memory.
+        """
+        for region in regions:
+            if region.kind == "cuda":
+                return region.device
+        raise TransportError("cuda copies nothing between two host regions; use shm or tcp")
+
+    def address_of(self, region: Region, device: int) -> int:
+        """A local region's address for kernels on `device`; pins host memory, enables peer access."""
+        if region.kind == "host":
+            with self._lock:
+                if region.region_id not in self._pinned and cuda.pin(region.address, region.nbytes):
+                    self._pinned[region.region_id] = region.address
+        elif region.device != device:
+            with cuda.use(device):
+                cuda.enable_peer_access(region.device)
+        return region.address
+
+
+class _Remote(NamedTuple):
+    """A peer's region: as the beacon knows it, with its address here and the way to it."""
+
+    shadow: RemoteRegion
+    address: int
+    path: Path
+
+
+class CudaLink(Link):
+    """The way into one process's GPU memory. Holds the allocations opened so far, each for one device of this side."""
+
+    scheme: ClassVar[str] = "cuda"
+
+    def __init__(self, transport: CudaTransport, beacon: ShmLink, offer: Dict[str, Any], *, peer: str) -> None:
+        self._transport, self._beacon, self._peer = transport, beacon, peer
+        self._same_process = int(offer["pid"]) == os.getpid()
+        self._idle = threading.Condition()
+        self._num_copies = 0
+        self._closed = False
+        self._opened: dict[tuple[int, bytes], int] = {}
+        self._remotes: dict[tuple[int, int], _Remote] = {}
+
+    def read(self, blocks: list[BlockList], *, guard: Guard | None, stop: StopToken, deadline_s: float) -> None:
+        word = self._move(blocks, guard, stop, deadline_s, writing=False)
+        if guard is not None and word != guard.word:
+            raise LeaseExpired("the lease's word changed while its blocks were read: recompute", peer=self._peer)
+
+    def write(self, blocks: list[BlockList], *, stop: StopToken, deadline_s: float) -> None:
+        self._move(blocks, None, stop, deadline_s, writing=True)
+
+    def load_word(self, region: RemoteRegion, offset: int, *, deadline_s: float) -> int:
+        require_word(offset, region.nbytes, self._peer)
+        limits = Limits(StopToken(), deadline_s, self._peer)
+        with self._copying():
+            device = self._device_for(region)
+            remote = self._remote(region, device)
+            word = self._transport.copier(device).copy([], limits, check=self._check, word=remote.address + offset)
+            self._beacon._require_registered(remote.shadow)
+        return word
+
+    def close(self) -> None:
+        """Waits for copies under way (they end at their next launch), then closes what was opened of the peer."""
+        with self._idle:
+            self._closed = True
+            while self._num_copies:
+                self._idle.wait()
+            opened, self._opened = self._opened, {}
+        if self._transport.is_stuck():
+            opened.clear()  # a kernel that never ended may still use them
+        for (device, _handle), address in opened.items():
+            with cuda.use(device):
+                cuda.close_ipc_handle(address)
+        self._beacon.close()
+
+    def _move(
+        self, blocks: list[BlockList], guard: Guard | None, stop: StopToken, deadline_s: float, *, writing: bool
+    ) -> int:
+        """The guard's word as loaded after the copy; 0 without one."""
+        transport = self._transport
+        limits = Limits(stop, deadline_s, self._peer)
+        runs: dict[int, list[Run]] = {}
+        remotes: dict[tuple[int, int], _Remote] = {}
+        with self._copying():
+            for part in transport.bounded(blocks):
+                theirs, ours = (part.target, part.source) if writing else (part.source, part.target)
+                assert isinstance(theirs, RemoteRegion) and isinstance(ours, Region)
+                device = ours.device if ours.kind == "cuda" else self._device_for(theirs)
+                if (remote := remotes.get((theirs.region_id, device))) is None:
+                    remote = remotes[theirs.region_id, device] = self._remote(theirs, device)
+                here, there = transport.address_of(ours, device), remote.address
+                path: Path = "host" if ours.kind == "host" else remote.path
+                source, target = (here, there) if writing else (there, here)
+                run = Run(part.source_offsets, source, part.target_offsets, target, part.nbytes, path)
+                runs.setdefault(device, []).append(run)
+            last = next(reversed(runs), None)
+            at = self._guard_address(guard, remotes, last) if guard is not None and last is not None else None
+            word = 0
+            for device, of_device in runs.items():
+                # The last copy loads the word: after all bytes, in stream order behind its own.
+                loaded = at if device == last else None
+                word = transport.copier(device).copy(merged(of_device), limits, check=self._check, word=loaded)
+            for remote in remotes.values():
+                self._beacon._require_registered(remote.shadow)
+        return word
+
+    def _guard_address(self, guard: Guard, remotes: dict[tuple[int, int], _Remote], device: int) -> int:
+        region = self.guard_region(guard)
+        require_word(guard.offset, region.nbytes, self._peer)
+        if (remote := remotes.get((region.region_id, device))) is None:
+            remote = remotes[region.region_id, device] = self._remote(region, device)
+        return remote.address + guard.offset
+
+    def _remote(self, region: RemoteRegion, device: int) -> _Remote:
+        """Raises: RegistrationError if the peer no longer serves the region under this token, or never did."""
+        known = self._remotes.get((region.region_id, device))
+        if known is None or known.shadow.token != region.token:
+            known = self._find(region, device)
+        self._beacon._require_registered(known.shadow)
+        return known
+
+    def _find(self, region: RemoteRegion, device: int) -> _Remote:
+        handle = region.handles.get("cuda")
+        if handle is None:
+            raise RegistrationError(f"region {region.region_id} is not offered over cuda", peer=self._peer)
+        shadow = msgspec.structs.replace(region, handles={"shm": handle["beacon"]})
+        self._beacon._require_registered(shadow)
+        path: Path = "device" if handle["uuid"] == self._transport.uuids[device] else "peer"
+        if self._same_process:
+            if int(handle["device"]) != device:
+                with cuda.use(device):
+                    cuda.enable_peer_access(int(handle["device"]))
+            address = int(handle["address"])
+        else:
+            address = self._open(bytes(handle["handle"]), device) + int(handle["offset"])
+        remote = self._remotes[region.region_id, device] = _Remote(shadow, address, path)
+        return remote
+
+    def _open(self, handle: bytes, device: int) -> int:
+        """The first address of the peer's allocation on `device`; opened once."""
+        with self._idle:
+            if (base := self._opened.get((device, handle))) is None:
+                with cuda.use(device):
+                    try:
+                        base = self._opened[device, handle] = cuda.open_ipc_handle(handle)
+                    except TransportError as error:
+                        raise TransportError(
+                            f"the peer's GPU memory cannot be opened on device {device}: {error.message}. Are both "
+                            "GPUs linked (nvidia-smi topo -m)?",
+                            peer=self._peer,
+                        ) from error
+        return base
+
+    def _device_for(self, region: RemoteRegion) -> int:
+        """The device that reads where the local side names none: the region's own GPU if visible, else the first."""
+        uuid = region.handles.get("cuda", {}).get("uuid")
+        return self._transport.uuids.index(uuid) if uuid in self._transport.uuids else 0
+
+    def _check(self) -> None:
+        if self._closed:
+            raise TransportClosed("the link to the peer was closed by this side", peer=self._peer)
+        self._beacon._require_alive()
+
+    @contextmanager
+    def _copying(self) -> Iterator[None]:
+        """Counts a copy, so that `close` waits for it; a peer found dead has its handles closed behind the last one."""
+        with self._idle:
+            if self._closed:
+                raise PeerGone("the link to the peer was closed", peer=self._peer)
+            self._num_copies += 1
+        dead = False
+        try:
+            self._check()
+            yield
+        except PeerGone:
+            dead = True
+            raise
+        finally:
+            with self._idle:
+                self._num_copies -= 1
+                self._idle.notify_all()
+            if dead:
+                self.close()
+
+
+def merged(runs: list[Run]) -> list[Run]:
+    """The same copies, those of one size and path in one run: one launch instead of one a layer."""
+    if len(runs) <= 1:
+        return runs
+    groups: dict[tuple[int, Path], list[Run]] = {}
+    for run in runs:
+        groups.setdefault((run.nbytes, run.path), []).append(run)
+    return [
+        Run(
+            np.concatenate([run.source_offsets for run in group]),
+            _bases([run.source_base for run in group], group),
+            np.concatenate([run.target_offsets for run in group]),
+            _bases([run.target_base for run in group], group),
+            nbytes,
+            path,
+        )
+        for (nbytes, path), group in groups.items()
+    ]
+
+
+def _bases(bases: list[Any], group: list[Run]) -> int | Offsets:
+    if all(base == bases[0] for base in bases):
+        return int(bases[0])
+    return np.repeat(np.array(bases, dtype=np.int64), [len(run.source_offsets) for run in group])

@@ -1,0 +1,293 @@
+"""Copying scattered blocks with one GPU: tables of addresses, launches of bounded size, and the wait for them."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, Literal, NamedTuple
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from kvferry.errors import TransportError
+from kvferry.layout import Offsets
+from kvferry.transport import cuda_runtime as cuda
+from kvferry.transport.copying import Limits
+from kvferry.transport.cuda_kernels import LARGE_LAUNCH_BYTES, Launcher, Tile, is_aligned, tile_for
+
+Path = Literal["device", "peer", "host"]
+RATES: dict[Path, float] = {"device": 2e12, "peer": 390e9, "host": 55e9}
+"""Bytes a second that a copy hardly exceeds on an H200: until then sleeping costs nothing. Not learned from what was
+seen: a copy that was slow once (a busy GPU) would have the next ones slept through, and so be seen as slow again."""
+
+FIRST_LAUNCH_S = 50e-6
+RAMP_FROM_BLOCKS = 4096
+SLEEP_FROM_S = 300e-6
+SMALL_BLOCK_BYTES = 16 << 10
+
+
+class CudaSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """What the copying takes and how it waits.
+
+    A large launch runs at most `programs_*` programs of 512 threads, by where the far side of the copy lies: in the
+    same GPU, in a peer, in host memory; four times as many where blocks are smaller than 16 KiB, of which a program
+    moves fewer bytes a second. Few programs leave the SMs to the model (figures: docs/transfer-gpu.md).
+    Launches below 32 MiB are over in less than 100 us and take up to `programs_small`.
+
+    A kernel that runs can't be stopped: a launch moves at most `launch_bytes` or what takes `launch_s`, and at most
+    two are under way. The kernel reads the table of a small launch of up to `direct_blocks` blocks from host memory;
+    others are uploaded first, for a persistent program would wait for each entry. The wait for a copy sleeps until it
+    can be complete, then looks all the time for `spin_s`, then every `sleep_s`.
+    """
+
+    programs_device: int = 264
+    programs_peer: int = 16
+    programs_host: int = 16
+    programs_small: int = 132
+    launch_bytes: int = 1 << 30
+    launch_s: float = 3e-3
+    table_blocks: int = 65536
+    direct_blocks: int = 2048
+    lanes: int = 4
+    spin_s: float = 300e-6
+    sleep_s: float = 50e-6
+    stuck_after_s: float = 30.0
+
+
+class Run(NamedTuple):
+    """`nbytes` from each source to each target; int64 [n]: offsets to which the bases (one, or one each) are added."""
+
+    source_offsets: Offsets
+    source_base: int | Offsets
+    target_offsets: Offsets
+    target_base: int | Offsets
+    nbytes: int
+    path: Path
+
+
+class Lane:
+    """One stream with what a copy on it needs: two halves of a table, so that one is filled while the other is read."""
+
+    def __init__(self, table_blocks: int) -> None:
+        self.stream = cuda.new_stream()
+        self.upload_stream = cuda.new_stream()
+        self.done = (cuda.new_event(), cuda.new_event())
+        self.uploaded = (cuda.new_event(), cuda.new_event())
+        self.busy = [False, False]
+        self.due_s = [0.0, 0.0]
+        self.takes_s = [0.0, 0.0]
+        self.capacity = table_blocks
+        self.table = cuda.PinnedArray(4 * table_blocks)
+        self.device_table = cuda.allocate(32 * table_blocks)
+        self.word = cuda.PinnedArray(2)
+
+    def close(self) -> None:
+        for event in (*self.done, *self.uploaded):
+            cuda.destroy_event(event)
+        cuda.destroy_stream(self.stream)
+        cuda.destroy_stream(self.upload_stream)
+        cuda.free(self.device_table)
+        self.table.close()
+        self.word.close()
+
+
+class BlockCopier:
+    """Copies with one device's SMs. Thread-safe: each copy has a lane of its own, later ones wait for one.
+
+    `stuck` is set once a copy did not finish: then nothing that its kernels may touch can be released.
+    """
+
+    def __init__(self, device: int, settings: CudaSettings) -> None:
+        self.device = device
+        self.stuck = False
+        self._settings = settings
+        self._launcher = Launcher()
+        self._free: list[Lane] = []
+        self._num_lanes = 0
+        self._changed = threading.Condition()
+        self.programs: dict[Path, int] = {
+            "device": settings.programs_device,
+            "peer": settings.programs_peer,
+            "host": settings.programs_host,
+        }
+
+    def warm(self) -> None:
+        """Compile the usual kernels and make the first lane."""
+        with cuda.use(self.device):
+            for nbytes in (65536, 16384):
+                for total in (0, LARGE_LAUNCH_BYTES):
+                    self._launcher.warm(nbytes, total)
+        self._put_lane(self._take_lane(None))
+
+    def copy(
+        self,
+        runs: list[Run],
+        limits: Limits,
+        *,
+        check: Callable[[], None] = lambda: None,
+        word: int | None = None,
+        tile: Tile | None = None,
+    ) -> int:
+        """Copy all runs; return when every byte is in place, with the 8 bytes at address `word` loaded after that.
+
+        Args:
+            check: looked at between launches and at the end; raises to end the copy (a peer is dead, a link closed).
+            word: an address that the device reads, or None (then 0 is returned).
+        Raises:
+            HandoffAborted, TransferTimeout: by `limits`.
+            TransportError: the GPU failed, or did not finish within `stuck_after_s`.
+        After failure: some blocks are copied, some are not; none will be, for what was launched is waited for (T4).
+        """
+        lane = self._take_lane(limits)
+        before = cuda.enter(self.device)
+        try:
+            half = 0
+            try:
+                for run in runs:
+                    for first, last in self._parts(run):
+                        if lane.busy[half]:
+                            self._await(lane, half)
+                            check()
+                        limits.check()
+                        self._launch(lane, half, run, first, last, tile)
+                        half ^= 1
+                if word is not None:
+                    # Behind the copies in stream order; the event of the half launched last moves behind it.
+                    self._launcher.load_word(word, lane.word.address, stream=lane.stream)
+                    half ^= 1
+                    cuda.record(lane.done[half], lane.stream)
+                    lane.busy[half] = True
+                    half ^= 1
+            finally:
+                self._await(lane, half)
+                self._await(lane, half ^ 1)
+            check()
+            return int(lane.word.values[0]) if word is not None else 0
+        finally:
+            cuda.leave(before, self.device)
+            # A lane whose work may still run is never used again: its table is being read.
+            if not (lane.busy[0] or lane.busy[1]):
+                self._put_lane(lane)
+
+    def close(self) -> None:
+        """Free the lanes; no copy may be running."""
+        with cuda.use(self.device):
+            while self._free:
+                self._free.pop().close()
+
+    def _parts(self, run: Run) -> Iterator[tuple[int, int]]:
+        """First and last index of each launch.
+
+        Of a long table the first launch is short, so that the GPU works while the rest is written; later ones grow.
+        """
+        settings, n, rate = self._settings, len(run.source_offsets), RATES[run.path]
+        most = min(
+            settings.table_blocks, max(1, int(min(settings.launch_bytes, rate * settings.launch_s) // run.nbytes))
+        )
+        if n <= min(most, RAMP_FROM_BLOCKS) or (n <= most and n * run.nbytes <= LARGE_LAUNCH_BYTES):
+            yield 0, n
+            return
+        # The next table must be written while a launch runs, at some nanoseconds a block.
+        growth = 16 if run.nbytes / rate > 100e-9 else 4
+        blocks = most if n <= RAMP_FROM_BLOCKS else max(1, int(rate * FIRST_LAUNCH_S) // run.nbytes)
+        first = 0
+        while first < n:
+            blocks = min(blocks, most)
+            last = n if n - first <= min(most, blocks + blocks // 4) else first + blocks
+            yield first, last
+            first, blocks = last, blocks * growth
+
+    def _launch(self, lane: Lane, half: int, run: Run, first: int, last: int, tile: Tile | None) -> None:
+        n = last - first
+        at = half * 2 * lane.capacity
+        table = lane.table.values[at : at + 2 * n]
+        _add(run.source_offsets, run.source_base, first, last, table[:n])
+        _add(run.target_offsets, run.target_base, first, last, table[n:])
+        address = lane.table.address + at * 8
+        nbytes = n * run.nbytes
+        small = nbytes < LARGE_LAUNCH_BYTES
+        if not small or n > self._settings.direct_blocks:
+            on_device = lane.device_table + at * 8
+            if lane.busy[half ^ 1]:
+                # Beside the copy that runs, so that none waits for its table.
+                cuda.upload(on_device, address, 16 * n, lane.upload_stream)
+                cuda.record(lane.uploaded[half], lane.upload_stream)
+                cuda.wait_for(lane.stream, lane.uploaded[half])
+            else:
+                cuda.upload(on_device, address, 16 * n, lane.stream)
+            address = on_device
+        self._launcher.copy(
+            address,
+            n,
+            run.nbytes,
+            aligned=is_aligned(table),
+            programs=self._settings.programs_small if small else self._programs_for(run),
+            stream=lane.stream,
+            tile=tile or tile_for(run.nbytes, nbytes),
+        )
+        cuda.record(lane.done[half], lane.stream)
+        lane.busy[half] = True
+        now = time.perf_counter()
+        takes_s = lane.takes_s[half] = nbytes / RATES[run.path]
+        lane.due_s[half] = (max(now, lane.due_s[half ^ 1]) if lane.busy[half ^ 1] else now) + takes_s
+
+    def _programs_for(self, run: Run) -> int:
+        return self.programs[run.path] * (1 if run.nbytes >= SMALL_BLOCK_BYTES else 4)
+
+    def _await(self, lane: Lane, half: int) -> None:
+        """Return when nothing that `half` of the lane launched is running any more."""
+        if not lane.busy[half]:
+            return
+        done, other = lane.done[half], half ^ 1
+        if not cuda.is_done(done):
+            # With another long launch behind this one the GPU has work meanwhile.
+            hurry = not lane.busy[other] or lane.takes_s[other] < self._settings.spin_s
+            self._poll(done, lane.due_s[half], hurry)
+        lane.busy[half] = False
+        if lane.busy[other]:
+            lane.due_s[other] = max(lane.due_s[other], time.perf_counter() + lane.takes_s[other])
+
+    def _poll(self, done: Any, due: float, hurry: bool) -> None:
+        settings = self._settings
+        started = time.perf_counter()
+        spin_until = max(due, started) + settings.spin_s if hurry else 0.0
+        # A sleep ends late, by some 60 us on Linux.
+        if (ahead := due - started) > SLEEP_FROM_S:
+            time.sleep(ahead - SLEEP_FROM_S / 2)
+        while not cuda.is_done(done):
+            now = time.perf_counter()
+            if now - started > settings.stuck_after_s:
+                self.stuck = True
+                raise TransportError(
+                    f"the GPU did not finish a copy within {settings.stuck_after_s:.0f} s: another kernel keeps it, "
+                    "or it hangs. The target blocks may still be written: restart this process"
+                )
+            if now > spin_until:
+                time.sleep(settings.sleep_s)
+
+    def _take_lane(self, limits: Limits | None) -> Lane:
+        if self.stuck:
+            raise TransportError("an earlier copy never finished on this GPU; restart this process")
+        with self._changed:
+            while True:
+                if self._free:
+                    return self._free.pop()
+                if self._num_lanes < self._settings.lanes:
+                    self._num_lanes += 1
+                    break
+                self._changed.wait(0.01)
+                if limits is not None:
+                    limits.check()
+        with cuda.use(self.device):
+            return Lane(self._settings.table_blocks)
+
+    def _put_lane(self, lane: Lane) -> None:
+        with self._changed:
+            self._free.append(lane)
+            self._changed.notify()
+
+
+def _add(offsets: Offsets, base: int | Offsets, first: int, last: int, out: npt.NDArray[np.int64]) -> None:
+    np.add(offsets[first:last], base if isinstance(base, int) else base[first:last], out=out)

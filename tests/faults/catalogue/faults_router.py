@@ -1,0 +1,206 @@
+"""Faults of a running cluster as its router sees them, of proxies in front of it, and of the ways between the sides."""
+
+from __future__ import annotations
+
+import msgspec
+
+from catalogue.bench import Bench, nixl
+from catalogue.router import FINGERPRINT, Fleet, ask_doctor, probe, run_requests, start_proxy, start_router, view
+from catalogue.table import fault, healthy
+from kvferry.doctor import Facts, Finding, examine, gather
+from kvferry.doctor.rendezvous import probe_transports
+from kvferry.types import TerminalState
+
+HANDOFF = "0123456789abcdef0123456789abcdef"
+
+
+@healthy
+def router_with_one_of_each(bench: Bench) -> list[Finding]:
+    url = start_router(bench)
+    fleet = Fleet(bench, url)
+    fleet.join("prefill-0", "prefill")
+    fleet.join("decode-0", "decode", running=2)
+    return ask_doctor(url)
+
+
+@healthy
+def router_probed_through_a_plain_proxy(bench: Bench) -> list[Finding]:
+    return probe(start_proxy(bench, start_router(bench), "plain"))
+
+
+@healthy
+def router_whose_requests_are_delivered(bench: Bench) -> list[Finding]:
+    url = start_router(bench)
+    run_requests(bench, url, TerminalState.DELIVERED, "", 5)
+    return ask_doctor(url)
+
+
+@healthy
+def shm_and_tcp_between_two_processes(bench: Bench) -> list[Finding]:
+    return examine(Facts(probe=probe_transports(Facts())))
+
+
+@fault("KVF100", "every request is refused")
+def the_router_is_not_there(bench: Bench) -> list[Finding]:
+    return ask_doctor(f"http://127.0.0.1:{bench.port()}")
+
+
+@fault("KVF100", "the URL belongs to something else")
+def the_router_is_a_web_server(bench: Bench) -> list[Finding]:
+    return ask_doctor(f"http://127.0.0.1:{bench.server('http')}")
+
+
+@fault("KVF101", "Chinese text and emoji arrive broken, English is fine")
+def a_proxy_decodes_and_encodes_each_chunk(bench: Bench) -> list[Finding]:
+    return probe(start_proxy(bench, start_router(bench), "mangle"))
+
+
+@fault("KVF102", "no token for long, then all of them")
+def a_proxy_buffers_the_stream(bench: Bench) -> list[Finding]:
+    return probe(start_proxy(bench, start_router(bench), "buffer"))
+
+
+@fault("KVF103", "decode recomputes everything, prefill's blocks expire")
+def a_proxy_drops_unknown_fields(bench: Bench) -> list[Finding]:
+    return probe(start_proxy(bench, start_router(bench), "drop"))
+
+
+@fault("KVF104", "clients retry bad requests")
+def a_proxy_turns_4xx_into_5xx(bench: Bench) -> list[Finding]:
+    return probe(start_proxy(bench, start_router(bench), "status"))
+
+
+@fault("KVF105", "requests wait or are refused")
+def no_decode_instance(bench: Bench) -> list[Finding]:
+    url = start_router(bench)
+    Fleet(bench, url).join("prefill-0", "prefill")
+    return ask_doctor(url)
+
+
+@fault("KVF106", "heartbeats come, tokens do not")
+def a_serving_loop_stands_still(bench: Bench) -> list[Finding]:
+    url = start_router(bench)
+    fleet = Fleet(bench, url)
+    fleet.join("prefill-0", "prefill")
+    fleet.join("decode-0", "decode", moving=False, running=3, step=41)
+    return ask_doctor(url)
+
+
+@fault("KVF107", "stuck in drop_select")
+def decode_waits_for_what_prefill_never_published(bench: Bench) -> list[Finding]:
+    url = start_router(bench)
+    fleet = Fleet(bench, url)
+    fleet.join("prefill-0", "prefill", handoffs=(view(HANDOFF, "source", "open", 8.0, "decode-0"),), waiting=1)
+    fleet.join("decode-0", "decode", handoffs=(view(HANDOFF, "target", "waiting", 8.0, "prefill-0"),))
+    return ask_doctor(url)
+
+
+@fault("KVF107", "stuck in drop_select, and prefill knows nothing of it")
+def the_prefill_request_got_lost(bench: Bench) -> list[Finding]:
+    url = start_router(bench)
+    fleet = Fleet(bench, url)
+    fleet.join("prefill-0", "prefill")
+    fleet.join("decode-0", "decode", handoffs=(view(HANDOFF, "target", "waiting", 8.0, "prefill-0"),))
+    return ask_doctor(url)
+
+
+@fault("KVF108", "stuck in drop_select since the other node went away")
+def the_prefill_instance_is_gone(bench: Bench) -> list[Finding]:
+    url = start_router(bench)
+    fleet = Fleet(bench, url)
+    fleet.join("prefill-0", "prefill")
+    fleet.join("decode-0", "decode", handoffs=(view(HANDOFF, "target", "pulling", 8.0, "prefill-1"),))
+    return ask_doctor(url)
+
+
+@fault("KVF109", "requests queue on an idle machine")
+def the_kv_cache_is_full(bench: Bench) -> list[Finding]:
+    url = start_router(bench)
+    fleet = Fleet(bench, url)
+    fleet.join("prefill-0", "prefill")
+    fleet.join("decode-0", "decode", free_blocks=0, running=1, waiting=4)
+    return ask_doctor(url)
+
+
+@fault("KVF110", "clients get errors")
+def handoffs_fail(bench: Bench) -> list[Finding]:
+    url = start_router(bench)
+    run_requests(bench, url, TerminalState.FAILED, "transfer_timeout", 3)
+    return ask_doctor(url)
+
+
+@fault("KVF111", "answers are right and slow")
+def everything_is_recomputed(bench: Bench) -> list[Finding]:
+    url = start_router(bench)
+    run_requests(bench, url, TerminalState.RECOMPUTED, "peer_gone", 5)
+    return ask_doctor(url)
+
+
+@fault("KVF113", "no pair is ever chosen")
+def fingerprints_differ(bench: Bench) -> list[Finding]:
+    url = start_router(bench)
+    fleet = Fleet(bench, url)
+    fleet.join("prefill-0", "prefill")
+    fleet.join("decode-0", "decode", fingerprint=msgspec.structs.replace(FINGERPRINT, dtype="float32"))
+    return ask_doctor(url)
+
+
+@fault("KVF087", "connections come and go, nothing is handed over", also=("KVF122",))
+def the_sides_have_different_secrets(bench: Bench) -> list[Finding]:
+    files = []
+    for i, side in enumerate("pd"):
+        text = f"KVFERRY_CLUSTER_SECRET={side * 32}\nCOMMAND=kvferry engine --port {bench.port()}\n"
+        files.append(bench.file(f"{i}.env", text))
+    facts = gather(prefill=files[:1], decode=files[1:], offline=True)
+    return examine(msgspec.structs.replace(facts, probe=probe_transports(facts)))
+
+
+@fault("KVF121", "packets between the hosts vanish", needs="root", also=("KVF032",))
+def the_probe_finds_no_way_between_hosts(bench: Bench) -> list[Finding]:
+    import subprocess
+
+    (a, b), (p, d) = bench.two_hosts(), nixl(bench)
+    for spec, prefix, host in ((p, a, "10.77.0.1"), (d, b, "10.77.0.2")):
+        spec.prefix = prefix
+        spec.env["VLLM_NIXL_SIDE_CHANNEL_HOST"] = host
+        spec.listens = [x.replace("127.0.0.1", "0.0.0.0") for x in spec.listens]
+    pids = bench.start(p), bench.start(d)
+    facts = gather(prefill=[pids[0]], decode=[pids[1]], offline=True)
+    subprocess.run([*b, "ip", "route", "del", "10.77.0.0/24"], check=True)
+    return examine(msgspec.structs.replace(facts, probe=probe_transports(facts)))
+
+
+@fault("KVF088", "requests wait for a pair that never forms")
+def the_sides_join_different_routers(bench: Bench) -> list[Finding]:
+    return _kvferry(bench, KVFERRY_CLUSTER_ROUTER_URL=("http://127.0.0.1:8000", "http://127.0.0.1:8001"))
+
+
+@fault("KVF009", "the peer is there, no transport leads to it")
+def transports_without_one_in_common(bench: Bench) -> list[Finding]:
+    return _kvferry(bench, KVFERRY_TRANSFER_TRANSPORTS=("shm", "tcp"))
+
+
+@fault("KVF010", "decode does not start")
+def handoff_listeners_on_one_port(bench: Bench) -> list[Finding]:
+    port = f"tcp://127.0.0.1:{bench.port()}"
+    return _kvferry(bench, KVFERRY_HANDOFF_LISTEN=(port, port))
+
+
+@fault("KVF064", "handshakes are refused")
+def block_sizes_of_kvferry_differ(bench: Bench) -> list[Finding]:
+    return _kvferry(bench, KVFERRY_ENGINE_BLOCK_SIZE=("16", "32"))
+
+
+@healthy
+def kvferry_engines_described_by_files(bench: Bench) -> list[Finding]:
+    return _kvferry(bench, KVFERRY_CLUSTER_ROUTER_URL=("http://127.0.0.1:8000", "http://127.0.0.1:8000"))
+
+
+def _kvferry(bench: Bench, **pairs: tuple[str, str]) -> list[Finding]:
+    """Two of kvferry's own instances, described by files that differ in these variables."""
+    files = []
+    for i, role in enumerate(("prefill", "decode")):
+        lines = [f"{name}={values[i]}" for name, values in pairs.items()]
+        lines += ["KVFERRY_CLUSTER_SECRET=" + "s" * 32, f"COMMAND=kvferry engine --role {role} --port {bench.port()}"]
+        files.append(bench.file(f"{role}.env", "\n".join(lines) + "\n"))
+    return bench.examine(prefill=files[:1], decode=files[1:])

@@ -1,0 +1,215 @@
+"""A real router, stand-in instances that report to it, and proxies in front of it that do what proxies do."""
+
+from __future__ import annotations
+
+import http.client
+import subprocess
+import sys
+import threading
+import urllib.request
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any, Literal
+
+import msgspec
+
+from catalogue.bench import Bench
+from kvferry.doctor import Facts, Finding, examine
+from kvferry.doctor.echo import EchoServer
+from kvferry.doctor.live import look_at_router
+from kvferry.doctor.passage import probe_passage
+from kvferry.layout import Fingerprint
+from kvferry.protocol.membership import HandoffView, InstanceReport
+from kvferry.types import HandoffId, Outcome, Role, TerminalState, new_incarnation, ticket_from_params
+
+MODEL = "stand-in"
+FINGERPRINT = Fingerprint(MODEL, "bfloat16", 16, 2, 2, 8)
+Mode = Literal["plain", "mangle", "buffer", "drop", "status"]
+
+
+def start_router(bench: Bench) -> str:
+    """A router of its own process; its URL."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "kvferry.cli", "router", "--port", "0"],
+        cwd=bench.directory,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    bench.processes.append(process)
+    assert process.stdout is not None
+    for line in process.stdout:
+        if "listening" in line:
+            return line.split()[-1]
+    raise AssertionError("the router did not start")
+
+
+class Fleet:
+    """Stand-in instances that report to a router again and again until the bench ends."""
+
+    def __init__(self, bench: Bench, url: str) -> None:
+        self._url = url
+        self._reports: dict[str, InstanceReport] = {}
+        self._moving: set[str] = set()
+        self._end = threading.Event()
+        self._lock = threading.Lock()
+        self._thread = threading.Thread(target=self._beat)
+        self._thread.start()
+        bench.undo.append(self._stop)
+
+    def join(self, name: str, role: Role, *, url: str = "http://127.0.0.1:9", moving: bool = True, **more: Any) -> None:
+        """Register an instance; `moving` ones count a step with each report."""
+        report = InstanceReport(
+            instance_id=name,
+            incarnation=int(new_incarnation()),
+            role=role,
+            url=url,
+            model=MODEL,
+            addresses=("tcp://127.0.0.1:9",),
+            engine="stand-in",
+            **{"fingerprint": FINGERPRINT, "num_blocks": 64, "free_blocks": 64, **more},
+        )
+        with self._lock:
+            self._reports[name] = report
+            if moving:
+                self._moving.add(name)
+        self._send(report)
+
+    def _beat(self) -> None:
+        while not self._end.wait(0.5):
+            with self._lock:
+                for name in self._moving:
+                    report = self._reports[name]
+                    self._reports[name] = msgspec.structs.replace(report, step=report.step + 1)
+                reports = list(self._reports.values())
+            for report in reports:
+                self._send(report)
+
+    def _send(self, report: InstanceReport) -> None:
+        post(self._url + "/kvferry/v1/instances", report)
+
+    def _stop(self) -> None:
+        self._end.set()
+        self._thread.join()
+
+
+def post(url: str, body: Any) -> None:
+    """POST JSON; a router that is gone is none of our business."""
+    request = urllib.request.Request(url, msgspec.json.encode(body), {"content-type": "application/json"})
+    try:
+        with urllib.request.urlopen(request, timeout=5) as answer:
+            answer.read()
+    except OSError:
+        pass
+
+
+def view(handoff: str, side: Literal["source", "target"], stage: str, age_s: float, peer: str, detail: str = "") -> Any:
+    """One open handoff in a report."""
+    return HandoffView(HandoffId(handoff), side, stage, age_s, 20.0, peer, detail)
+
+
+def run_requests(bench: Bench, url: str, state: TerminalState, cause: str, count: int) -> None:
+    """Requests through the router to stand-ins whose decode ends each handoff in `state`."""
+
+    def report(request: dict[str, Any]) -> None:
+        ticket = ticket_from_params(request.get("kv_transfer_params"))
+        assert ticket is not None
+        outcome = Outcome(ticket.handoff, state, stage="waiting", cause=cause, attempt=ticket.attempt)  # type: ignore[arg-type]
+        post(url + "/kvferry/v1/outcomes", [outcome])
+
+    echo = EchoServer("127.0.0.1", report)
+    echo.__enter__()
+    bench.undo.append(lambda: echo.__exit__(None, None, None))
+    fleet = Fleet(bench, url)
+    fleet.join("prefill-0", "prefill", url=echo.url)
+    fleet.join("decode-0", "decode", url=echo.url)
+    threads = [
+        threading.Thread(
+            target=post,
+            args=(url + "/v1/completions", {"model": MODEL, "prompt": f"{i}", "max_tokens": 4, "stream": True}),
+        )
+        for i in range(count)
+    ]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+
+
+def ask_doctor(url: str) -> list[Finding]:
+    """What the doctor says of a running router."""
+    return examine(look_at_router(Facts(), url, second_look_s=1.2))
+
+
+def probe(url: str) -> list[Finding]:
+    """What the doctor says of the way through a URL."""
+    return examine(Facts(router_probe=probe_passage(url)))
+
+
+def start_proxy(bench: Bench, upstream: str, mode: Mode) -> str:
+    """A proxy in front of `upstream`; its URL. `plain` passes bytes through, the others spoil them."""
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_GET(self) -> None:
+            self._forward()
+
+        def do_POST(self) -> None:
+            self._forward()
+
+        def do_DELETE(self) -> None:
+            self._forward()
+
+        def _forward(self) -> None:
+            body = self.rfile.read(int(self.headers.get("content-length") or 0))
+            if mode == "drop" and self.path.startswith("/v1/"):
+                known = ("model", "prompt", "max_tokens", "stream")
+                body = msgspec.json.encode({k: v for k, v in msgspec.json.decode(body).items() if k in known})
+            host, _, port = upstream.removeprefix("http://").partition(":")
+            connection = http.client.HTTPConnection(host, int(port), timeout=20)
+            try:
+                connection.request(self.command, self.path, body, {"content-type": "application/json"})
+                answer = connection.getresponse()
+                status = 500 if mode == "status" and answer.status >= 400 else answer.status
+                self.send_response(status)
+                self.send_header("content-type", answer.headers.get("content-type") or "application/json")
+                self.send_header("transfer-encoding", "chunked")
+                self.send_header("connection", "close")
+                self.end_headers()
+                self._copy(answer)
+            finally:
+                connection.close()
+
+        def _copy(self, answer: http.client.HTTPResponse) -> None:
+            if mode == "buffer":
+                self._chunk(answer.read())
+            else:
+                while part := answer.read1(65536):
+                    self._chunk(part.decode(errors="replace").encode() if mode == "mangle" else part)
+            self.wfile.write(b"0\r\n\r\n")
+
+        def _chunk(self, part: bytes) -> None:
+            if part:
+                self.wfile.write(b"%x\r\n%b\r\n" % (len(part), part))
+                self.wfile.flush()
+
+        def log_message(self, format: str, *args: Any) -> None:
+            """Say nothing."""
+
+    class Server(ThreadingHTTPServer):
+        daemon_threads = False
+
+        def handle_error(self, request: Any, client_address: Any) -> None:
+            """A client that leaves is no news."""
+
+    server = Server(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
+    thread.start()
+
+    def stop() -> None:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+    bench.undo.append(stop)
+    return f"http://127.0.0.1:{server.server_address[1]}"

@@ -1,0 +1,173 @@
+"""One prefill and one decode instance, as real processes, hurt in every way: bounded, right or honest, nothing lost."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import mmap
+import random
+import signal
+import time
+import urllib.parse
+from pathlib import Path
+
+import numpy as np
+import pytest
+from live import DEADLINE_S, LEASE_S, LONG, Live
+
+BOUND_S = DEADLINE_S + LEASE_S
+pytestmark = [pytest.mark.leaks_allowed, pytest.mark.timeout(300)]  # The cluster of the module lives on.
+
+
+@pytest.fixture(autouse=True)
+def idle_afterwards(one_pair: Live) -> None:
+    yield
+    one_pair.require_idle()
+
+
+def fresh(text: str = LONG) -> str:
+    """A prompt that no prefix cache knows."""
+    return f"{random.Random(time.monotonic_ns()).getrandbits(64):x} {text}"
+
+
+def test_healthy_first(one_pair: Live) -> None:
+    for text in ("x", "What is a ferry?", LONG):
+        prompt = fresh(text)
+        answer = one_pair.ask(prompt)
+        assert (answer.status, answer.state) == (200, "delivered"), answer
+        assert answer.tokens == one_pair.reference(prompt)
+
+
+def test_prefill_killed_before_the_request(one_pair: Live) -> None:
+    prompt = fresh()
+    want = one_pair.reference(prompt)
+    one_pair.kill("prefill-0")
+    answer = one_pair.ask(prompt)
+    assert answer.seconds < BOUND_S
+    if answer.status == 200:
+        assert answer.tokens == want
+        assert answer.state in ("recomputed", "delivered"), answer
+    else:
+        assert answer.status == 503 and answer.outcome.startswith("failed"), answer
+    one_pair.restart("prefill-0")
+    assert one_pair.ask(prompt).tokens == want
+
+
+@pytest.mark.parametrize("stage", ["waiting", "pulling"])
+def test_prefill_killed_while_decode_waits_for_it(one_pair: Live, stage: str) -> None:
+    prompt = fresh()
+    want = one_pair.reference(prompt)
+    future = one_pair.ask_soon(prompt)
+    one_pair.wait(lambda: stage in one_pair.stages("decode-0") or future.done(), 10.0, f"stage {stage}")
+    one_pair.kill("prefill-0")
+    answer = future.result(60)
+    assert answer.status == 200 and answer.tokens == want, answer
+    assert answer.state in ("recomputed", "delivered"), answer
+    if answer.state == "recomputed":
+        assert "cause=peer_gone" in answer.outcome
+    one_pair.restart("prefill-0")
+
+
+def test_prefill_killed_after_the_transfer(one_pair: Live) -> None:
+    prompt = fresh("What is a ferry? ")
+    want = one_pair.reference(prompt, 200)
+    future = one_pair.ask_soon(prompt, 200)
+    one_pair.wait(lambda: one_pair.kv("decode-0")["running"] > 0 and not one_pair.stages("decode-0"), 10.0, "decoding")
+    one_pair.kill("prefill-0")
+    answer = future.result(60)
+    assert (answer.status, answer.tokens, answer.state) == (200, want, "delivered"), answer
+    one_pair.restart("prefill-0")
+
+
+def test_decode_killed(one_pair: Live) -> None:
+    future = one_pair.ask_soon(fresh(), 100)
+    one_pair.wait(lambda: bool(one_pair.stages("decode-0")) or future.done(), 10.0, "the handoff")
+    one_pair.kill("decode-0")
+    answer = future.result(60)
+    assert answer.seconds < BOUND_S
+    assert answer.status >= 500 and answer.body["error"]["message"], answer
+    one_pair.restart("decode-0")
+    prompt = fresh()
+    assert one_pair.ask(prompt).tokens == one_pair.reference(prompt)
+
+
+@pytest.mark.parametrize("victim", ["prefill-0", "decode-0"])
+def test_stopped_for_longer_than_the_lease_and_then_woken(one_pair: Live, victim: str) -> None:
+    """What the stopped side held is reused meanwhile, by other requests; nobody may take the wrong bytes."""
+    prompt = fresh()
+    want = one_pair.reference(prompt)
+    future = one_pair.ask_soon(prompt)
+    one_pair.wait(lambda: bool(one_pair.stages("decode-0")) or future.done(), 10.0, "the handoff")
+    one_pair.signal(victim, signal.SIGSTOP)
+    others = [fresh() for _ in range(4)]
+    try:
+        futures = [one_pair.ask_soon(other) for other in others]
+        time.sleep(LEASE_S * 1.6)
+    finally:
+        one_pair.signal(victim, signal.SIGCONT)
+    for text, waiting in [(prompt, future), *zip(others, futures, strict=True)]:
+        answer = waiting.result(90)
+        assert answer.seconds < BOUND_S + 10.0
+        assert answer.outcome, answer
+        if answer.status == 200:
+            assert answer.tokens == (want if text is prompt else one_pair.reference(text)), answer
+        else:
+            assert answer.body["error"]["message"], answer
+    one_pair.wait(lambda: one_pair.ask(fresh("again")).state == "delivered", 20.0, "handoffs to work again")
+
+
+def test_a_byte_that_changes_in_the_prefill_instance_is_caught(one_pair: Live) -> None:
+    """Memory goes bad between publishing and reading: the digest says so, and decode computes the prompt itself."""
+    prompt = fresh()
+    want = one_pair.reference(prompt)
+    one_pair.signal("decode-0", signal.SIGSTOP)
+    try:
+        future = one_pair.ask_soon(prompt)
+        one_pair.wait(lambda: "sealed" in one_pair.stages("prefill-0"), LEASE_S, "the seal")
+        flip_every_block(one_pair.child("prefill-0").pid)
+    finally:
+        one_pair.signal("decode-0", signal.SIGCONT)
+    answer = future.result(60)
+    assert (answer.status, answer.tokens) == (200, want), answer
+    assert answer.state == "recomputed" and "cause=integrity_error" in answer.outcome, answer
+    one_pair.kill("prefill-0")  # Its prefix cache is poisoned now, as after a real memory error.
+    one_pair.restart("prefill-0")
+
+
+def flip_every_block(pid: int) -> None:
+    """Change one bit in each 512 bytes of the process's largest shared memory."""
+    fds = [fd for fd in Path(f"/proc/{pid}/fd").iterdir() if "memfd:kvferry" in str(fd.readlink())]
+    largest = max(fds, key=lambda fd: fd.stat().st_size)
+    with largest.open("r+b") as file, mmap.mmap(file.fileno(), 0) as memory:
+        view = np.frombuffer(memory, dtype=np.uint8)
+        view[::512] ^= 1
+        del view
+
+
+def test_a_client_that_leaves_at_ten_moments_leaves_nothing_behind(one_pair: Live) -> None:
+    where = urllib.parse.urlsplit(one_pair.url)
+    rng = random.Random(7)
+    for _ in range(10):
+        connection = http.client.HTTPConnection(where.hostname, where.port, timeout=10)
+        body = {"model": "kvferry-demo", "prompt": fresh(), "max_tokens": 200, "stream": True, "ignore_eos": True}
+        connection.request("POST", "/v1/completions", json.dumps(body), {"content-type": "application/json"})
+        time.sleep(rng.uniform(0.0, 1.2))
+        connection.close()
+        took_s = one_pair.wait(
+            lambda: all(
+                one_pair.kv(n)["free_blocks"] == one_pair.kv(n)["num_blocks"] for n in ("prefill-0", "decode-0")
+            ),
+            5.0,
+            lambda: f"blocks to be free: {one_pair.kv('prefill-0')} {one_pair.kv('decode-0')}",
+        )
+        assert took_s < 2.0, "a second, and another for a busy machine"
+
+
+def test_router_killed(one_pair: Live) -> None:
+    """Both engines notice that the connections closed, and free everything; they live on."""
+    future = one_pair.ask_soon(fresh(), 200)
+    one_pair.wait(lambda: one_pair.kv("decode-0")["running"] + one_pair.kv("prefill-0")["running"] > 0, 10.0, "work")
+    one_pair.kill("router")
+    with pytest.raises((ConnectionError, http.client.HTTPException, OSError)):
+        future.result(30)
+    one_pair.require_idle()

@@ -1,0 +1,221 @@
+"""Nodes that report to a directory, and engines that look up in it: embedded, and a real Redis that is killed."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import shutil
+import socket
+import subprocess
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from kvferry.errors import TransportError
+from kvferry.pool import BlockSpace, PoolClient, PoolNode, PoolNodes, PoolSettings
+from kvferry.pool.directory import Directory, EmbeddedDirectory
+from kvferry.types import Incarnation
+
+BLOCK = 8192
+SPACE = BlockSpace(b"m" * 32, "tenant-a")
+
+
+class RedisServer:
+    """A real server on a port of its own, with nothing saved."""
+
+    def __init__(self, directory: Path) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = probe.getsockname()[1]
+        self.url = f"redis://127.0.0.1:{self.port}/0"
+        self._flags = ["--port", str(self.port), "--bind", "127.0.0.1", "--save", "", "--dir", str(directory)]
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        server = shutil.which("redis-server")
+        assert server is not None
+        self.process = subprocess.Popen([server, *self._flags], stdout=subprocess.DEVNULL)
+        for _ in range(500):
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.port), 1):
+                return
+            assert self.process.poll() is None
+            time.sleep(0.02)
+        raise AssertionError("redis-server did not start")
+
+    def kill(self) -> None:
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait()
+            self.process = None
+
+
+@pytest.fixture(params=["embedded", pytest.param("redis", marks=pytest.mark.redis)])
+async def directories(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Callable[[], Directory]]:
+    """Makes views of one directory."""
+    if request.param == "embedded":
+        shared = EmbeddedDirectory()
+        yield lambda: shared
+        return
+    pytest.importorskip("redis")
+    from kvferry.pool.directory_redis import RedisDirectory
+
+    server, views = RedisServer(tmp_path), []
+
+    def view() -> Directory:
+        views.append(RedisDirectory(server.url))
+        return views[-1]
+
+    server.start()
+    yield view
+    for each in views:
+        await each.close()
+    server.kill()
+
+
+def make_node(directory: Directory) -> PoolNode:
+    settings = PoolSettings(arena_bytes=64 * BLOCK, slab_bytes=BLOCK, node_ttl_s=0.6)
+    return PoolNode(settings=settings, directory=directory)
+
+
+def make_pool(home: PoolNode, directory: Directory) -> PoolNodes:
+    far = {"transports": ("tcp",), "deadline_s": 2.0}
+    return PoolNodes(
+        [PoolClient(home.address, SPACE)],
+        directory=directory,
+        connect=lambda address: PoolClient(address, SPACE, **far),  # type: ignore[arg-type]
+    )
+
+
+async def put(node: PoolNode, hashes: list[bytes], value: int) -> None:
+    client = PoolClient(node.address, SPACE)
+    await client.start()
+    region = client.allocate(len(hashes) * BLOCK)
+    region.buffer[:] = value
+    assert (await client.put(hashes, region, np.arange(len(hashes)) * BLOCK, BLOCK)).stored == len(hashes)
+    await client.close()
+
+
+async def eventually(check: Callable[[], Awaitable[bool]]) -> None:
+    for _ in range(400):
+        if await check():
+            return
+        await asyncio.sleep(0.025)
+    raise AssertionError("it did not come to pass within 10 s")
+
+
+async def test_blocks_of_other_nodes_are_found_and_got(directories: Callable[[], Directory]) -> None:
+    views = [directories() for _ in range(3)]
+    nodes = [make_node(view) for view in views[:2]]
+    for node in nodes:
+        await node.start()
+    pool = make_pool(nodes[0], views[2])
+    await pool.start()
+    region, hashes = pool.allocate(3 * BLOCK), [b"a", b"b", b"c"]
+    try:
+
+        async def found(wanted: int) -> bool:
+            return (await pool.get(hashes, region, np.arange(3) * BLOCK, BLOCK)).num_prefix == wanted
+
+        await put(nodes[1], hashes, 7)
+        await eventually(lambda: found(3))
+        assert (region.buffer == 7).all()
+        await put(nodes[0], hashes[:1], 9)
+        assert await pool.remove([b"b"]) == 1
+
+        async def from_home() -> bool:
+            return await found(1) and bool((region.buffer[:BLOCK] == 9).all())
+
+        await eventually(from_home)
+        await put(nodes[1], [b"b"], 7)
+        await eventually(lambda: found(3))
+        await nodes[1].close()
+        # A node that says so is gone at once; what the directory still named would be a miss.
+        assert await found(1)
+    finally:
+        await pool.close()
+        for node in nodes:
+            await node.close()
+
+
+async def test_a_node_that_falls_silent_vanishes_within_its_lease(directories: Callable[[], Directory]) -> None:
+    view, watcher = directories(), directories()
+    node = make_node(view)
+    await node.start()
+    try:
+        await put(node, [b"a"], 1)
+
+        async def holders(count: int) -> bool:
+            return len((await watcher.lookup(SPACE, [b"a"]))[0]) == count
+
+        await eventually(lambda: holders(1))
+        assert node._reporter is not None and node._reporter._task is not None
+        node._reporter._task.cancel()
+        await eventually(lambda: holders(0))
+    finally:
+        await node.close()
+
+
+async def test_what_a_dead_node_still_seems_to_hold_is_got_from_home() -> None:
+    directory = EmbeddedDirectory()
+    home = make_node(directory)
+    await home.start()
+    pool = make_pool(home, directory)
+    await pool.start()
+    try:
+        await put(home, [b"a"], 5)
+        await directory.report(Incarnation(7), [(SPACE, b"a"), (SPACE, b"b")], [])
+        await directory.join(Incarnation(7), "tcp://127.0.0.1:9", 60.0)
+        region = pool.allocate(2 * BLOCK)
+        result = await pool.get([b"a", b"b"], region, [0, BLOCK], BLOCK)
+        assert (result.found, result.transport) == ([True, False], "shm")
+        assert (region.buffer[:BLOCK] == 5).all()
+    finally:
+        await pool.close()
+        await home.close()
+
+
+@pytest.mark.redis
+async def test_a_redis_that_is_killed_and_comes_back_empty_is_rebuilt(tmp_path: Path) -> None:
+    pytest.importorskip("redis")
+    from kvferry.pool.directory_redis import RedisDirectory
+
+    server = RedisServer(tmp_path)
+    server.start()
+    views = [RedisDirectory(server.url, timeout_s=1.0) for _ in range(3)]
+    nodes = [make_node(view) for view in views[:2]]
+    for node in nodes:
+        await node.start()
+    pool = make_pool(nodes[0], views[2])
+    await pool.start()
+    region = pool.allocate(BLOCK)
+
+    async def got(block_hash: bytes, **_: Any) -> bool:
+        result = await pool.get([block_hash], region, [0], BLOCK)
+        return result.found == [True]
+
+    try:
+        await put(nodes[0], [b"here"], 1)
+        await put(nodes[1], [b"there"], 2)
+        await eventually(lambda: got(b"there"))
+        server.kill()
+        assert await got(b"here")
+        assert not await got(b"there")
+        with pytest.raises(TransportError, match="did not answer"):
+            await views[2].lookup(SPACE, [b"there"])
+        await put(nodes[1], [b"later"], 3)
+        server.start()
+        await eventually(lambda: got(b"there"))
+        assert (region.buffer == 2).all()
+        assert await got(b"later")
+        assert (region.buffer == 3).all()
+    finally:
+        await pool.close()
+        for node in nodes:
+            await node.close()
+        for view in views:
+            await view.close()
+        server.kill()

@@ -1,0 +1,64 @@
+"""Alarms and dashboard ask for metrics that exist, and name findings that exist."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+from prometheus_client import CollectorRegistry
+
+from kvferry.doctor.findings import catalogue
+from kvferry.observe.metrics import HandoffMetrics, InstanceMetrics, RequestMetrics
+
+MONITORING = Path(__file__).parents[3] / "monitoring"
+RULES = (MONITORING / "prometheus-rules.yml").read_text()
+DASHBOARD = json.loads((MONITORING / "grafana-dashboard.json").read_text())
+
+
+def _known() -> set[str]:
+    registries = [CollectorRegistry() for _ in range(3)]
+    RequestMetrics(registries[0])
+    HandoffMetrics(registries[1])
+    InstanceMetrics(registries[2])
+    names = set()
+    for registry in registries:
+        for family in registry.collect():
+            base = family.name
+            endings = {"counter": ("_total",), "histogram": ("_bucket", "_sum", "_count")}.get(family.type, ("",))
+            names |= {base + ending for ending in endings}
+    return names
+
+
+def test_rules_use_metrics_that_exist() -> None:
+    expressions = "\n".join(line for line in RULES.splitlines() if not line.lstrip().startswith("#"))
+    used = set(re.findall(r"\bkvferry_[a-z_]+", expressions))
+    assert used
+    assert used <= _known()
+
+
+def test_the_dashboard_uses_metrics_that_exist() -> None:
+    used = {
+        name
+        for panel in DASHBOARD["panels"]
+        for target in panel.get("targets", [])
+        for name in re.findall(r"\bkvferry_[a-z_]+", target["expr"])
+    }
+    assert len(used) > 10
+    assert used <= _known()
+
+
+def test_panels_do_not_overlap_and_have_ids_of_their_own() -> None:
+    cells: set[tuple[int, int]] = set()
+    for panel in DASHBOARD["panels"]:
+        p = panel["gridPos"]
+        mine = {(x, y) for x in range(p["x"], p["x"] + p["w"]) for y in range(p["y"], p["y"] + p["h"])}
+        assert not mine & cells, panel["title"]
+        cells |= mine
+    assert len({p["id"] for p in DASHBOARD["panels"]}) == len(DASHBOARD["panels"])
+
+
+def test_each_alarm_names_a_finding_with_a_page() -> None:
+    named = set(re.findall(r"KVF\d{3}", RULES))
+    assert named <= set(catalogue())
+    assert RULES.count("- alert:") == RULES.count("finding: KVF")

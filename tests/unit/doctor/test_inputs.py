@@ -1,0 +1,71 @@
+"""Env files and configs: what is taken, and what an unusable one is told."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from kvferry.doctor.inputs import parse_env_file, read_config, read_side
+from kvferry.errors import ConfigError
+
+
+def test_an_env_file_takes_what_shells_write() -> None:
+    text = (
+        "# prefill\nexport A=1\nB='two words'\nC=three # a remark\n\n"
+        'COMMAND=CUDA_VISIBLE_DEVICES=0 vllm serve m \\\n  --port 8100 --kv-transfer-config \'{"kv_role":"kv_both"}\'\n'
+    )
+    environment, command = parse_env_file(text, "p.env")
+    assert environment == {"A": "1", "B": "two words", "C": "three", "CUDA_VISIBLE_DEVICES": "0"}
+    assert command == ("vllm", "serve", "m", "--port", "8100", "--kv-transfer-config", '{"kv_role":"kv_both"}')
+
+
+def test_a_command_in_quotes_is_one_command() -> None:
+    _, command = parse_env_file('COMMAND="vllm serve m --port 1"\n', "p.env")
+    assert command == ("vllm", "serve", "m", "--port", "1")
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("just words\n", "line 1: 'just words' is not KEY=VALUE"),
+        ("A=1\n=2\n", "line 2"),
+        ("COMMAND=vllm 'serve\n", "COMMAND cannot be taken apart"),
+        ("\n# nothing\n", "is empty"),
+    ],
+)
+def test_an_unusable_env_file_is_named_with_its_line(text: str, told: str) -> None:
+    with pytest.raises(ConfigError, match=r"p\.env") as error:
+        parse_env_file(text, "p.env")
+    assert told in error.value.message
+
+
+def test_a_missing_file_and_a_missing_process_say_what_was_expected(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="expected a pid or a text file of KEY=VALUE lines"):
+        read_side("prefill", str(tmp_path / "no.env"), "prefill")
+    with pytest.raises(ConfigError, match="there is no such process"):
+        read_side("decode", "999999999", "decode")
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "told"),
+    [
+        ("mooncake.json", "{", "is not JSON"),
+        ("mooncake.json", "[1]", "expected an object"),
+        ("kvferry.toml", "= 3", "is not TOML"),
+    ],
+)
+def test_an_unusable_config_is_named(tmp_path: Path, name: str, text: str, told: str) -> None:
+    path = tmp_path / name
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=name) as error:
+        read_config(str(path))
+    assert told in error.value.message
+
+
+def test_a_sides_own_mooncake_json_is_read_beside_its_description(tmp_path: Path) -> None:
+    (tmp_path / "mooncake.json").write_text('{"metadata_server": "P2PHANDSHAKE"}')
+    (tmp_path / "p.env").write_text("MOONCAKE_CONFIG_PATH=./mooncake.json\nVLLM_VERSION=0.26.0\n")
+    side = read_side("prefill", str(tmp_path / "p.env"), "prefill")
+    assert side.mooncake == {"metadata_server": "P2PHANDSHAKE"}
+    assert side.versions == {"vllm": "0.26.0"}

@@ -1,0 +1,100 @@
+"""Each log rule matches its own sample, no other cause matches it, and the story finds the first cause."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from kvferry.doctor.findings import catalogue
+from kvferry.doctor.log_lines import parse_time, request_of
+from kvferry.doctor.log_rules import Rule, rules
+from kvferry.doctor.logs import parse_lines, tell
+
+ALL = [rule for rule, _ in rules()]
+
+
+@pytest.mark.parametrize("rule", ALL, ids=[r.id for r in ALL])
+def test_the_sample_of_a_rule_tells_its_finding_and_no_other(rule: Rule) -> None:
+    told = {f.finding for f in tell(parse_lines([rule.sample], "x.log", 2026)).findings}
+    assert told == ({rule.finding} if rule.finding else set())
+    assert re.search(rule.pattern, rule.sample)
+
+
+def test_every_rule_has_a_finding_or_a_stage_and_ids_are_unique() -> None:
+    assert len({r.id for r in ALL}) == len(ALL)
+    for rule in ALL:
+        assert bool(rule.finding) != bool(rule.stage), rule.id
+        assert not rule.finding or rule.finding in catalogue(), rule.id
+
+
+@pytest.mark.parametrize(
+    ("line", "seconds"),
+    [
+        ("(EngineCore_0 pid=12) ERROR 10-16 17:22:56 [nixl_connector.py:815] x", 56.0),
+        ("INFO 10-16 17:22:56 [engine.py:310] Added request", 56.0),
+        ("E1016 17:22:56.139716 281933 transfer_metadata_plugin.cpp:290] x", 56.139716),
+        ("I20261016 17:22:56.417019 281473495854048 client_metric.cpp:76] x", 56.417019),
+        ("2026-10-16 17:22:56.566927 ERROR    [975] [coro_rpc_client.hpp:978] x", 56.566927),
+        ("[2026-10-16 17:22:56,627] LMCache INFO: x", 56.627),
+        ("2026-10-16T17:22:56.120Z WARNING router  instance gone  instance=p", 56.12),
+    ],
+)
+def test_times_of_each_kind_of_log_are_read(line: str, seconds: float) -> None:
+    at = parse_time(line, 2026)
+    assert at is not None
+    assert at % 60 == pytest.approx(seconds, abs=1e-3)
+
+
+def test_a_traceback_has_the_time_of_the_line_before_it() -> None:
+    lines = parse_lines(["ERROR 10-16 17:22:56 [core.py:1] boom", "Traceback (most recent call last):"], "d.log", 2026)
+    assert lines[0].at == lines[1].at is not None
+
+
+@pytest.mark.parametrize(
+    ("line", "request_id"),
+    [
+        ("Added request cmpl-035fe306-0.", "cmpl-035fe306"),
+        ("Releasing expired KV blocks for request chatcmpl-77aa which were", "chatcmpl-77aa"),
+        ("request ended  request=r-17 state=delivered", "r-17"),
+        ("nothing here", None),
+    ],
+)
+def test_the_request_of_a_line(line: str, request_id: str | None) -> None:
+    assert request_of(line) == request_id
+
+
+def test_logs_are_merged_by_time_and_the_cause_comes_before_its_consequences() -> None:
+    prefill = [
+        "INFO 11-22 10:00:00 [engine.py:310] Added request cmpl-aa-0.",
+        "WARNING 11-22 10:02:00 [nixl_connector.py:1048] Releasing expired KV blocks for request cmpl-aa-0 which were",
+    ]
+    decode = [
+        "INFO 11-22 10:00:01 [engine.py:310] Added request cmpl-aa-0.",
+        "ERROR 11-22 10:00:02 [nixl_connector.py:827] Handshake failed for request cmpl-aa-0",
+        "E1122 09:59:58.139716 28 x.cpp:290] EtcdStoragePlugin: unable to set k: connections to all backends failing",
+    ]
+    story = tell([*parse_lines(prefill, "prefill.log", 2026), *parse_lines(decode, "decode.log", 2026)])
+    assert [f.finding for f in story.findings] == ["KVF204", "KVF200", "KVF202"]
+    assert story.requests[0].name == "cmpl-aa"
+    assert story.requests[0].stage == "queued"
+    assert "metadata server cannot be reached" in story.paragraph
+    assert "cmpl-aa was last well at 10:00:01" in story.paragraph
+
+
+def test_logs_without_trouble_say_so() -> None:
+    lines = parse_lines(["INFO 11-22 10:00:00 [engine.py:310] Added request cmpl-aa-0."], "p.log", 2026)
+    story = tell(lines)
+    assert story.findings == ()
+    assert "No line tells of trouble" in story.paragraph
+
+
+def test_versions_that_the_logs_begin_with_are_compared() -> None:
+    p = parse_lines(["INFO 11-22 10:00:00 [api_server.py:764] vLLM API server version 0.11.0"], "prefill.log", 2026)
+    d = parse_lines(
+        ["INFO 11-22 10:00:00 [core.py:77] Initializing a V1 LLM engine (v0.10.2) with"], "decode.log", 2026
+    )
+    story = tell([*p, *d])
+    assert [f.finding for f in story.findings] == ["KVF070"]
+    assert story.findings[0].first == "prefill.log: vllm 0.11.0; decode.log: vllm 0.10.2"
+    assert tell(p).findings == ()

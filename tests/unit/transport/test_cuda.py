@@ -1,0 +1,475 @@
+"""The cuda transport over a pretended GPU: its memory is host memory, its kernels are memmove. No triton, no CUDA."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import secrets
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import msgspec
+import numpy as np
+import pytest
+
+from kvferry.errors import (
+    HandoffAborted,
+    KVError,
+    LeaseExpired,
+    PeerGone,
+    RegistrationError,
+    TransferTimeout,
+    TransportError,
+)
+from kvferry.transport.base import BlockList, Guard, Region, RemoteRegion, StopToken
+from kvferry.transport.registry import TransportContext, TransportSettings
+from kvferry.types import new_incarnation
+
+ROOM = ("cuda", "cuda_copy", "cuda_runtime", "cuda_kernels")
+
+
+class Tile(NamedTuple):
+    rows: int
+    cols: int
+    warps: int
+
+
+class FakeGpu:
+    """What the transport asked of the GPU. `pending` is how many queries an event stays unfinished for."""
+
+    def __init__(self) -> None:
+        self.launches: list[int] = []
+        self.uploads: list[int] = []
+        self.opened: list[int] = []
+        self.closed: list[int] = []
+        self.pinned: list[int] = []
+        self.unpinned: list[int] = []
+        self.pending = 0
+        self.queries_left: dict[int, int] = {}
+        self.unfinished_at_raise = 0
+        self.on_launch: Any = None
+        self._next = 1000
+        self._kept: list[Any] = []
+
+    def number(self) -> int:
+        self._next += 1
+        return self._next
+
+    def memory(self, nbytes: int) -> int:
+        block = np.zeros(nbytes + 64, dtype=np.uint8)
+        self._kept.append(block)
+        return block.ctypes.data + -block.ctypes.data % 64
+
+    def record(self, event: int, stream: int) -> None:
+        self.queries_left[event] = self.pending
+
+    def is_done(self, event: int) -> bool:
+        left = self.queries_left.get(event, 0)
+        self.queries_left[event] = max(0, left - 1)
+        return left == 0
+
+    def runtime(self) -> ModuleType:
+        module: Any = ModuleType("kvferry.transport.cuda_runtime")
+        gpu = self
+
+        class IpcHandle(NamedTuple):
+            handle: bytes
+            offset: int
+
+        class PinnedArray:
+            def __init__(self, count: int) -> None:
+                self.address = gpu.memory(count * 8)
+                self.values = np.frombuffer((ctypes.c_int64 * count).from_address(self.address), dtype=np.int64)
+
+            def close(self) -> None:
+                pass
+
+        def enter(device: int) -> int:
+            return device
+
+        def leave(before: int, device: int) -> None:
+            pass
+
+        def wait_for(stream: int, event: int) -> None:
+            pass
+
+        @contextmanager
+        def use(device: int) -> Iterator[None]:
+            yield
+
+        def ipc_handle(address: int, nbytes: int, device: int) -> IpcHandle:
+            return IpcHandle((address - 64).to_bytes(8, "little"), 64)
+
+        def open_ipc_handle(handle: bytes) -> int:
+            gpu.opened.append(int.from_bytes(handle, "little"))
+            return gpu.opened[-1]
+
+        def pin(address: int, nbytes: int) -> bool:
+            gpu.pinned.append(address)
+            return True
+
+        def upload(target: int, source: int, nbytes: int, stream: int) -> None:
+            gpu.uploads.append(nbytes)
+            ctypes.memmove(target, source, nbytes)
+
+        module.IpcHandle, module.PinnedArray, module.use = IpcHandle, PinnedArray, use
+        module.ipc_handle, module.open_ipc_handle, module.pin, module.upload = ipc_handle, open_ipc_handle, pin, upload
+        module.device_uuids = lambda: ["aa" * 16, "bb" * 16]
+        module.close_ipc_handle = gpu.closed.append
+        module.unpin = gpu.unpinned.append
+        module.enable_peer_access = lambda device: None
+        module.allocate, module.free = gpu.memory, lambda address: None
+        module.new_stream = module.new_event = gpu.number
+        module.destroy_stream = module.destroy_event = lambda handle: None
+        module.enter, module.leave, module.wait_for = enter, leave, wait_for
+        module.record, module.is_done = gpu.record, gpu.is_done
+        return module
+
+    def kernels(self) -> ModuleType:
+        module: Any = ModuleType("kvferry.transport.cuda_kernels")
+        gpu = self
+
+        class Launcher:
+            def warm(self, nbytes: int, total_bytes: int) -> None:
+                pass
+
+            def copy(self, table: int, n: int, nbytes: int, **_: Any) -> None:
+                at = np.frombuffer((ctypes.c_int64 * (2 * n)).from_address(table), dtype=np.int64)
+                for source, target in zip(at[:n].tolist(), at[n:].tolist(), strict=True):
+                    ctypes.memmove(target, source, nbytes)
+                gpu.launches.append(n * nbytes)
+                if gpu.on_launch is not None:
+                    gpu.on_launch()
+
+            def load_word(self, word: int, slot: int, *, stream: int) -> None:
+                ctypes.memmove(slot, word, 8)
+
+        module.Launcher, module.Tile, module.LARGE_LAUNCH_BYTES = Launcher, Tile, 8 << 20
+        module.tile_for = lambda nbytes, total_bytes: Tile(1, 4096, 8)
+        module.is_aligned = lambda table: not int(np.bitwise_or.reduce(table)) & 15
+        return module
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeGpu]:
+    fake = FakeGpu()
+    for name in ROOM:
+        monkeypatch.delitem(sys.modules, f"kvferry.transport.{name}", raising=False)
+    monkeypatch.setitem(sys.modules, "kvferry.transport.cuda_runtime", fake.runtime())
+    monkeypatch.setitem(sys.modules, "kvferry.transport.cuda_kernels", fake.kernels())
+    package = importlib.import_module("kvferry.transport")
+    for name in ("cuda_runtime", "cuda_kernels"):
+        monkeypatch.setattr(package, name, sys.modules[f"kvferry.transport.{name}"], raising=False)
+    yield fake
+    for name in ("cuda", "cuda_copy"):
+        sys.modules.pop(f"kvferry.transport.{name}", None)
+        if hasattr(package, name):
+            delattr(package, name)
+
+
+class Side:
+    """One engine's transport with one region of random bytes, and a page of words behind them."""
+
+    def __init__(self, seed: int, *, data_bytes: int = 1 << 16, **settings: Any) -> None:
+        room = importlib.import_module("kvferry.transport.cuda")
+        self.incarnation = new_incarnation()
+        context = TransportContext(self.incarnation, None, TransportSettings(), lambda _: None)
+        self.transport = room.CudaTransport(context, room.CudaSettings(**settings))
+        random = np.random.default_rng(seed)
+        self.memory = random.integers(0, 256, data_bytes + 4096 + 64, dtype=np.uint8)[: data_bytes + 4096]
+        self.words = self.memory[data_bytes:].view(np.int64)
+        self.region = Region(
+            region_id=seed,
+            address=self.memory.ctypes.data,
+            nbytes=self.memory.nbytes,
+            token=secrets.token_hex(16),
+            kind="cuda",
+            buffer=self.memory,
+        )
+
+    def remote(self) -> RemoteRegion:
+        handle = self.transport.export(self.region)
+        assert handle is not None
+        return RemoteRegion(
+            self.region.region_id, self.region.nbytes, self.region.token, "cuda", handles={"cuda": handle}
+        )
+
+
+class Pair:
+    def __init__(self, **settings: Any) -> None:
+        self.owner, self.reader = Side(1), Side(2, **settings)
+        self.source = self.owner.remote()
+        offer = dict(self.owner.transport.offer()) | {"pid": 0}  # as another process: through IPC handles
+        # The offer travels as msgpack.
+        offer = msgspec.msgpack.decode(msgspec.msgpack.encode(offer))
+        self.link = self.reader.transport.connect(
+            offer, peer="owner", incarnation=self.owner.incarnation, deadline_s=1.0
+        )
+        self.link.regions = {1: self.source}
+
+    def blocks(self, source: list[int], target: list[int], nbytes: int) -> BlockList:
+        return BlockList(
+            self.source, self.reader.region, np.array(source, dtype=np.int64), np.array(target, dtype=np.int64), nbytes
+        )
+
+    def read(self, *blocks: BlockList, guard: Guard | None = None, deadline_s: float = 5.0) -> None:
+        self.link.read(list(blocks), guard=guard, stop=StopToken(), deadline_s=deadline_s)
+
+    def close(self) -> None:
+        self.link.close()
+        self.owner.transport.close()
+        self.reader.transport.close()
+
+
+@pytest.fixture
+def pair(gpu: FakeGpu) -> Iterator[Pair]:
+    made = Pair()
+    yield made
+    made.close()
+
+
+def test_blocks_land_and_nothing_else_changes(pair: Pair, gpu: FakeGpu) -> None:
+    wanted = pair.reader.memory.copy()
+    wanted[100:164], wanted[0:64] = pair.owner.memory[640:704], pair.owner.memory[7:71]
+    pair.read(pair.blocks([640, 7], [100, 0], 64))
+    assert np.array_equal(pair.reader.memory, wanted)
+
+
+def test_the_lists_of_all_layers_go_in_one_launch(pair: Pair, gpu: FakeGpu) -> None:
+    pair.read(*(pair.blocks([64 * i], [128 * i], 64) for i in range(10)))
+    assert gpu.launches == [640]
+    assert all(
+        np.array_equal(pair.reader.memory[128 * i : 128 * i + 64], pair.owner.memory[64 * i : 64 * i + 64])
+        for i in range(10)
+    )
+
+
+def test_a_launch_is_bounded_in_bytes_and_long_tables_are_uploaded(gpu: FakeGpu) -> None:
+    pair = Pair(launch_bytes=4096, direct_blocks=8)
+    offsets = list(range(0, 8192, 64))
+    pair.read(pair.blocks(offsets, offsets, 64), pair.blocks([0], [16384], 10000))
+    assert gpu.launches == [4096, 4096, 4096, 4096, 1808]
+    assert gpu.uploads == [1024, 1024]
+    assert np.array_equal(pair.reader.memory[:8192], pair.owner.memory[:8192])
+    assert np.array_equal(pair.reader.memory[16384:26384], pair.owner.memory[:10000])
+    pair.close()
+
+
+@pytest.mark.parametrize(("nbytes", "short_first"), [(4 << 10, True), (256 << 10, False)])
+def test_a_long_table_begins_with_a_short_launch(gpu: FakeGpu, nbytes: int, short_first: bool) -> None:
+    total = 24 << 20
+    side = Side(1, data_bytes=total)
+    memory = np.zeros(total, dtype=np.uint8)
+    host = Region(region_id=7, address=memory.ctypes.data, nbytes=total, token="", kind="host", buffer=memory)
+    order = np.random.default_rng(5).permutation(total // nbytes) * nbytes
+    blocks = BlockList(side.region, host, order, np.sort(order), nbytes)
+    side.transport.copy([blocks], stop=StopToken(), deadline_s=5.0)
+    wanted = side.memory[:total].reshape(-1, nbytes)[order // nbytes].ravel()
+    assert np.array_equal(memory, wanted)
+    if short_first:
+        # 50 us at 55 GB/s, then each one longer, so that the GPU never waits for the next table.
+        assert gpu.launches[0] < 3 << 20 and len(gpu.launches) <= 4
+        assert gpu.launches[1] >= 4 * gpu.launches[0] and sum(gpu.launches) == total
+    else:
+        assert gpu.launches == [total]
+    side.transport.close()
+
+
+def test_the_wait_sleeps_until_a_copy_can_be_complete_and_not_longer(
+    gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    total = 24 << 20
+    side = Side(1, data_bytes=total, launch_bytes=total)
+    memory = np.zeros(total, dtype=np.uint8)
+    host = Region(region_id=7, address=memory.ctypes.data, nbytes=total, token="", kind="host", buffer=memory)
+    copier = importlib.import_module("kvferry.transport.cuda_copy")
+    now, slept = [0.0], []
+
+    def sleep(seconds: float) -> None:
+        slept.append(seconds)
+        now[0] += seconds
+
+    monkeypatch.setattr(copier, "time", type("Clock", (), {"perf_counter": lambda: now[0], "sleep": sleep}))
+    zeros = np.zeros(1, dtype=np.int64)
+    gpu.pending = 1
+    for _ in range(2):
+        side.transport.copy([BlockList(side.region, host, zeros, zeros, total)], stop=StopToken(), deadline_s=5.0)
+    takes_s = total / copier.RATES["host"]
+    assert len(slept) == 2 and all(takes_s / 2 < seconds < takes_s for seconds in slept)
+    side.transport.close()
+
+
+def test_a_guard_whose_word_stands_lets_the_read_pass(pair: Pair) -> None:
+    pair.owner.words[3] = 1234567
+    pair.read(pair.blocks([0], [0], 64), guard=Guard(1, (1 << 16) + 24, 1234567))
+    assert pair.link.load_word(pair.source, (1 << 16) + 24, deadline_s=1.0) == 1234567
+
+
+def test_a_guard_whose_word_changed_ends_the_read(pair: Pair, gpu: FakeGpu) -> None:
+    pair.owner.words[3] = 5
+
+    def revoke() -> None:
+        pair.owner.words[3] = 0
+
+    gpu.on_launch = revoke
+    with pytest.raises(LeaseExpired):
+        pair.read(pair.blocks([0], [0], 64), guard=Guard(1, (1 << 16) + 24, 5))
+
+
+@pytest.mark.parametrize("guard", [Guard(9, 0, 1), Guard(1, 4, 1), Guard(1, 1 << 20, 1)])
+def test_a_guard_that_cannot_be_read_moves_nothing(pair: Pair, gpu: FakeGpu, guard: Guard) -> None:
+    with pytest.raises(RegistrationError):
+        pair.read(pair.blocks([0], [0], 64), guard=guard)
+    assert gpu.launches == []
+
+
+@pytest.mark.parametrize(
+    ("source", "target", "nbytes"),
+    [([-1], [0], 64), ([0], [(1 << 16) + 4096 - 63], 64), ([1 << 20], [0], 1), ([0, 64], [0], 64)],
+)
+def test_offsets_that_do_not_fit_move_nothing(
+    pair: Pair, gpu: FakeGpu, source: list[int], target: list[int], nbytes: int
+) -> None:
+    blocks = pair.blocks(source, target, nbytes)._replace(source=pair.reader.region)
+    with pytest.raises(RegistrationError):
+        pair.reader.transport.copy([blocks], stop=StopToken(), deadline_s=1.0)
+    assert gpu.launches == []
+
+
+def test_a_wrong_token_and_an_unregistered_region_are_refused(pair: Pair, gpu: FakeGpu) -> None:
+    lied = msgspec.structs.replace(pair.source, token="0" * 32)
+    with pytest.raises(RegistrationError, match="token"):
+        pair.read(pair.blocks([0], [0], 64)._replace(source=lied))
+    pair.owner.transport.withdraw(pair.owner.region)
+    with pytest.raises(RegistrationError, match="unregistered"):
+        pair.read(pair.blocks([0], [0], 64))
+    assert gpu.launches == []
+
+
+def test_a_region_unregistered_while_it_is_read_fails_the_read(pair: Pair, gpu: FakeGpu) -> None:
+    gpu.on_launch = lambda: pair.owner.transport.withdraw(pair.owner.region)
+    with pytest.raises(RegistrationError):
+        pair.read(pair.blocks([0], [0], 64))
+
+
+@pytest.mark.parametrize("cause", ["stop", "deadline"])
+def test_an_end_between_launches_waits_for_what_runs(gpu: FakeGpu, cause: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pair = Pair(launch_bytes=64, spin_s=0.0, sleep_s=0.0)
+    gpu.pending = 3
+    stop = StopToken()
+    copying = importlib.import_module("kvferry.transport.copying")
+    now = [0.0]
+    monkeypatch.setattr(copying.time, "monotonic", lambda: now[0])
+
+    def end() -> None:
+        stop.set() if cause == "stop" else now.__setitem__(0, 100.0)
+
+    gpu.on_launch = end
+    wanted: type[KVError] = HandoffAborted if cause == "stop" else TransferTimeout
+    with pytest.raises(wanted):
+        pair.link.read([pair.blocks([0, 64, 128], [0, 64, 128], 64)], guard=None, stop=stop, deadline_s=5.0)
+    assert gpu.launches == [64]
+    assert not any(gpu.queries_left.values()), "the launched copy was not waited for (T4)"
+    pair.close()
+
+
+def test_a_gpu_that_hangs_is_an_error_and_its_memory_is_not_unmapped(gpu: FakeGpu) -> None:
+    pair = Pair(stuck_after_s=0.0, spin_s=0.0)
+    gpu.pending = 1 << 30
+    with pytest.raises(TransportError, match="did not finish"):
+        pair.read(pair.blocks([0], [0], 64))
+    with pytest.raises(TransportError, match="never finished"):
+        pair.read(pair.blocks([0], [0], 64))
+    pair.link.close()
+    assert gpu.closed == []
+    pair.close()
+
+
+def test_a_handle_is_opened_once_and_closed_with_the_link(pair: Pair, gpu: FakeGpu) -> None:
+    for _ in range(5):
+        pair.read(pair.blocks([0], [0], 64))
+    assert len(gpu.opened) == 1
+    pair.link.close()
+    pair.link.close()
+    assert gpu.closed == gpu.opened
+    with pytest.raises(PeerGone):
+        pair.read(pair.blocks([0], [0], 64))
+
+
+def test_a_peer_that_closed_is_gone_and_its_handles_are_closed(pair: Pair, gpu: FakeGpu) -> None:
+    pair.read(pair.blocks([0], [0], 64))
+    gpu.on_launch = pair.owner.transport.close
+    with pytest.raises(PeerGone):
+        pair.read(pair.blocks([0], [0], 64))
+    assert gpu.closed == gpu.opened
+
+
+def test_close_waits_for_a_copy_under_way(pair: Pair, gpu: FakeGpu) -> None:
+    closer = threading.Thread(target=pair.link.close)
+    still_open: list[bool] = []
+
+    def launched() -> None:
+        closer.start()
+        closer.join(0.05)
+        still_open.append(closer.is_alive() and gpu.closed == [])
+
+    gpu.on_launch = launched
+    with pytest.raises(TransportError):  # the copy learns that its link was closed
+        pair.read(pair.blocks([0], [0], 64))
+    closer.join(5)
+    assert still_open == [True]
+    assert gpu.closed == gpu.opened
+
+
+def test_the_same_process_is_read_without_handles(gpu: FakeGpu) -> None:
+    owner, reader = Side(1), Side(2)
+    source = owner.remote()
+    link = reader.transport.connect(
+        owner.transport.offer(), peer="owner", incarnation=owner.incarnation, deadline_s=1.0
+    )
+    zeros = np.zeros(1, dtype=np.int64)
+    link.read([BlockList(source, reader.region, zeros, zeros, 64)], guard=None, stop=StopToken(), deadline_s=1.0)
+    assert np.array_equal(reader.memory[:64], owner.memory[:64])
+    assert gpu.opened == []
+    link.close()
+    owner.transport.close()
+    reader.transport.close()
+
+
+def test_another_incarnation_is_refused(gpu: FakeGpu) -> None:
+    owner, reader = Side(1), Side(2)
+    with pytest.raises(TransportError):
+        reader.transport.connect(owner.transport.offer(), peer="owner", incarnation=new_incarnation(), deadline_s=1.0)
+    owner.transport.close()
+    reader.transport.close()
+
+
+def test_device_blocks_go_to_pinned_host_memory_and_back(gpu: FakeGpu) -> None:
+    side = Side(1)
+    memory = np.zeros(8192, dtype=np.uint8)
+    host = Region(region_id=7, address=memory.ctypes.data, nbytes=8192, token="", kind="host", buffer=memory)
+    there, here = np.array([0, 128], dtype=np.int64), np.array([4096, 0], dtype=np.int64)
+    before = side.memory.copy()
+    for _ in range(2):
+        side.transport.copy([BlockList(side.region, host, there, here, 128)], stop=StopToken(), deadline_s=1.0)
+    side.memory[:] = 0
+    side.transport.copy([BlockList(host, side.region, here, there, 128)], stop=StopToken(), deadline_s=1.0)
+    assert np.array_equal(side.memory[:256], before[:256])
+    assert not side.memory[256:].any()
+    assert gpu.pinned == [host.address]
+    side.transport.withdraw(host)
+    assert gpu.unpinned == [host.address]
+    with pytest.raises(TransportError, match="two host regions"):
+        side.transport.copy([BlockList(host, host, here, there, 128)], stop=StopToken(), deadline_s=1.0)
+    side.transport.close()
+
+
+def test_host_regions_are_left_to_other_transports(gpu: FakeGpu) -> None:
+    side = Side(1)
+    memory = np.zeros(64, dtype=np.uint8)
+    assert side.transport.export(Region(5, memory.ctypes.data, 64, "", "host", buffer=memory)) is None
+    side.transport.close()

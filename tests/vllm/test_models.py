@@ -1,0 +1,27 @@
+"""Mixtures of experts over the pair: one pair a model; its prefill instance without a ticket is the reference."""
+
+import pytest
+from serving import PATIENT, blocks_pulled, complete, prompt_of
+
+NUM_TOKENS = 12
+LENGTHS = (5, 128, 129, 700)
+
+
+@pytest.mark.parametrize("model", ["mixtral", "qwen3moe"])
+def test_tokens_equal(start_pair, registry, model):
+    pair = start_pair(model, prefill_kv=PATIENT, decode_kv=PATIENT)
+    try:
+        expected_blocks = 0
+        for i, length in enumerate(LENGTHS):
+            prompt = prompt_of(length, seed=i + 1)
+            result = pair.complete(prompt, NUM_TOKENS)
+            assert result.outcome.state == "delivered", result.outcome
+            expected_blocks += blocks_pulled(length)
+            # P computed this prompt itself; asked without a ticket it decodes too, as a single instance does.
+            assert result.token_ids == complete(pair.prefill.url, prompt, NUM_TOKENS), f"prompt of {length} tokens"
+        assert pair.decode.metric("vllm:kvferry_pulled_blocks_total") == expected_blocks
+        pair.prefill.wait_all_free()
+        pair.decode.wait_all_free()
+    finally:
+        pair.close()
+        registry.reports.clear()
