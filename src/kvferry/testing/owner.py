@@ -143,7 +143,9 @@ class OwnerProcess:
         self.process.wait()
 
     def stop(self) -> None:
+        """SIGSTOP; returns when every thread stands: until then one of them may still serve a read."""
         self.process.send_signal(signal.SIGSTOP)
+        os.waitid(os.P_PID, self.process.pid, os.WSTOPPED | os.WNOWAIT)
 
     def resume(self) -> None:
         self.process.send_signal(signal.SIGCONT)

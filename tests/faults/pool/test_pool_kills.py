@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import random
 import signal
 import subprocess
@@ -114,6 +115,7 @@ async def test_a_stopped_node_costs_a_deadline_and_comes_back(tmp_path: Path) ->
         region.buffer[:] = CONTENT[1]
         assert (await client.put([b"1"], region, [0], BLOCK)).stored == 1
         process.send_signal(signal.SIGSTOP)
+        os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WNOWAIT)
         began_s = asyncio.get_running_loop().time()
         result = await client.get([b"1"], region, [0], BLOCK)
         assert (result.found, result.cause) == ([False], "transfer_timeout")
