@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import threading
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import xxhash
@@ -171,7 +171,13 @@ class OwnerProcess:
         self.process.stdout.close()
 
 
-async def _serve(transports: list[str], listen: str, secret: str, verify_digest: bool, plugin: str) -> None:
+async def _serve(
+    told: IO[str], transports: list[str], listen: str, secret: str, verify_digest: bool, plugin: str
+) -> None:
+    def tell(value: Any, error: str | None) -> None:
+        told.write(json.dumps([value, error]) + "\n")
+        told.flush()
+
     if plugin:
         importlib.import_module(plugin)
     engine = TransferEngine(
@@ -182,21 +188,16 @@ async def _serve(transports: list[str], listen: str, secret: str, verify_digest:
     )
     await engine.start()
     owner = Owner(engine)
-    _tell(engine.address, None)
+    tell(engine.address, None)
     loop = asyncio.get_running_loop()
     while line := await loop.run_in_executor(None, sys.stdin.readline):
         command, args, kwargs = json.loads(line)
         try:
-            _tell(await loop.run_in_executor(None, lambda: getattr(owner, command)(*args, **kwargs)), None)  # noqa: B023
+            tell(await loop.run_in_executor(None, lambda: getattr(owner, command)(*args, **kwargs)), None)  # noqa: B023
         except (KVError, KeyError, TypeError, AttributeError) as error:
-            _tell(None, f"{type(error).__name__}: {error}")
+            tell(None, f"{type(error).__name__}: {error}")
     owner.calm()
     await engine.close()
-
-
-def _tell(value: Any, error: str | None) -> None:
-    sys.stdout.write(json.dumps([value, error]) + "\n")
-    sys.stdout.flush()
 
 
 if __name__ == "__main__":
@@ -204,4 +205,7 @@ if __name__ == "__main__":
         import uvloop
 
         uvloop.install()
-    asyncio.run(_serve(*json.loads(sys.argv[1])))
+    # Libraries log to standard output (UCX does): answers go through a copy of it, and what they say to standard error.
+    with os.fdopen(os.dup(1), "w") as answers:
+        os.dup2(2, 1)
+        asyncio.run(_serve(answers, *json.loads(sys.argv[1])))
