@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 
 from kvferry.observe import LISTENING
-from kvferry.pool import BlockSpace, PoolClient
+from kvferry.pool import BlockSpace, PoolClient, whole
 from kvferry.transport.base import Region
 
 SPACE = BlockSpace(b"b" * 32, "bench")
@@ -86,11 +86,11 @@ async def host_rounds(block_bytes: int, batch: int, rounds: int) -> dict[str, An
                 await call(first, min(count, first + batch))
 
         async def put(first: int, stop: int) -> None:
-            done = await near.put(hashes[first:stop], source, offsets[first:stop], block_bytes)
+            done = await near.put(hashes[first:stop], whole(source, block_bytes), offsets[first:stop])
             assert done.stored == stop - first, done
 
         async def get(client: PoolClient, region: Region, first: int, stop: int) -> None:
-            result = await client.get(hashes[first:stop], region, offsets[first:stop], block_bytes)
+            result = await client.get(hashes[first:stop], whole(region, block_bytes), offsets[first:stop])
             assert all(result.found), result
 
         async def memcpy() -> None:
@@ -128,7 +128,7 @@ async def exists_ms(rounds: int) -> dict[str, float]:
         client = PoolClient(node.address, SPACE, deadline_s=60)
         await client.start()
         region, present = client.allocate(500 * 4096), fresh(500)
-        await client.put(present, region, np.arange(500) * 4096, 4096)
+        await client.put(present, whole(region, 4096), np.arange(500) * 4096)
         asked = [h for pair in zip(present, fresh(500), strict=True) for h in pair]
         spent = []
         for _ in range(50 * rounds):
@@ -149,7 +149,7 @@ async def disk_rounds(directory: Path, rounds: int) -> dict[str, float]:
         await client.start()
         region = client.allocate(count * block_bytes)
         region.buffer[:] = np.random.default_rng(1).integers(0, 256, count * block_bytes, dtype=np.uint8)
-        await client.put(hashes, region, np.arange(count) * block_bytes, block_bytes)
+        await client.put(hashes, whole(region, block_bytes), np.arange(count) * block_bytes)
         await client.close()
     for _ in range(rounds):
         with Node(block_bytes, slabs=count, disk=directory, disk_slots=count) as node:
@@ -157,7 +157,7 @@ async def disk_rounds(directory: Path, rounds: int) -> dict[str, float]:
             await client.start()
             region = client.allocate(count * block_bytes)
             began_s = time.perf_counter()
-            result = await client.get(hashes, region, np.arange(count) * block_bytes, block_bytes)
+            result = await client.get(hashes, whole(region, block_bytes), np.arange(count) * block_bytes)
             assert all(result.found), result
             rates.append(count * block_bytes / (time.perf_counter() - began_s) / 1e9)
             await client.close()

@@ -4,6 +4,19 @@ from kvferry.pool.client import GetResult, PoolClient, PutResult
 from kvferry.pool.cluster import PoolNodes
 from kvferry.pool.keys import BlockSpace, Tier
 from kvferry.pool.node import PoolNode
+from kvferry.pool.parts import BlockPart, parts_of, whole
 from kvferry.pool.settings import PoolSettings
 
-__all__ = ["BlockSpace", "GetResult", "PoolClient", "PoolNode", "PoolNodes", "PoolSettings", "PutResult", "Tier"]
+__all__ = [
+    "BlockPart",
+    "BlockSpace",
+    "GetResult",
+    "PoolClient",
+    "PoolNode",
+    "PoolNodes",
+    "PoolSettings",
+    "PutResult",
+    "Tier",
+    "parts_of",
+    "whole",
+]

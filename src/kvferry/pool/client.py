@@ -7,6 +7,7 @@ arguments. The cause is in the result, counted in `failures`, and logged once fo
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import itertools
 import time
 from collections import Counter
@@ -40,6 +41,7 @@ from kvferry.pool.messages import (
     Tiers,
     Unpin,
 )
+from kvferry.pool.parts import BlockPart, Places, block_bytes, part_runs, require_inside
 from kvferry.transfer import Peer, TransferEngine, TransferSettings
 from kvferry.transport.base import BlockList, Guard, Region
 from kvferry.transport.memory import WORD_BYTES, WordTable
@@ -53,12 +55,16 @@ R = TypeVar("R", bound=Message)
 
 
 class GetResult(NamedTuple):
-    """`found[i]`: block i is whole in the caller's memory. The others' places hold unspecified bytes."""
+    """`found[i]`: block i is whole in the caller's memory. The others' places hold unspecified bytes.
+
+    `node` is the address of the node that served.
+    """
 
     found: list[bool]
     from_disk: int = 0
     transport: str | None = None
     cause: str | None = None
+    node: str | None = None
 
     @property
     def num_prefix(self) -> int:
@@ -103,6 +109,7 @@ class PoolClient:
         self._engine.on_peer_lost = self._on_peer_lost
         self._words_region = self._engine.allocate(MAX_PUTS * WORD_BYTES, name="words")
         self._words = WordTable(self._words_region)
+        self._regions: dict[int, Region] = {}
         self._ids = itertools.count(1)
         self._waiting: dict[int, asyncio.Future[Message]] = {}
         self._peer: Peer | None = None
@@ -120,18 +127,27 @@ class PoolClient:
 
     def allocate(self, nbytes: int) -> Region:
         """Shared memory for blocks: a node of this host maps it. `region.buffer` is uint8 [nbytes]."""
-        return self._engine.allocate(nbytes)
+        return self._keep(self._engine.allocate(nbytes))
 
     def register(self, buffer: Any) -> Region:
         """Register memory for blocks (numpy or torch CPU, contiguous)."""
-        return self._engine.register(buffer)
+        return self._keep(self._engine.register(buffer))
+
+    def _keep(self, region: Region) -> Region:
+        self._regions[region.region_id] = region
+        return region
 
     # Calls
 
-    async def exists(self, hashes: Sequence[bytes]) -> list[Tier | None]:
-        """For each block the fastest tier that holds it; all None where the node can't be asked."""
+    async def exists(self, hashes: Sequence[bytes], *, namespace: str | None = None) -> list[Tier | None]:
+        """For each block the fastest tier that holds it; all None where the node can't be asked.
+
+        Args:
+            namespace: where it is another than this client's own; so in the calls below.
+        """
+        space = self.space.named(namespace)
         try:
-            return (await self._ask(Exists(next(self._ids), self.space, list(hashes)), Tiers)).tiers
+            return (await self._ask(Exists(next(self._ids), space, list(hashes)), Tiers)).tiers
         except (TransportError, PoolError) as error:
             self._count(error)
             return [None] * len(hashes)
@@ -139,42 +155,45 @@ class PoolClient:
     async def get(
         self,
         hashes: Sequence[bytes],
-        region: Region,
-        offsets: Offsets | Sequence[int],
-        nbytes: int,
+        parts: Sequence[BlockPart],
+        places: Places,
         *,
         prefix: bool = True,
+        namespace: str | None = None,
     ) -> GetResult:
         """Copy blocks from the pool into registered memory here.
 
         Args:
-            offsets: int64 [num_hashes], where each block goes in `region`.
-            nbytes: of each block.
+            parts: what a block consists of at this side.
+            places: int64 [num_hashes], where each block goes, as `parts` count.
             prefix: stop at the first miss, as what follows would be useless.
-        Raises: RegistrationError where region and offsets do not fit.
+        Raises: RegistrationError where regions and places do not fit.
+        After failure or cancellation: nothing more is written.
         """
-        targets = _checked(hashes, offsets)
+        targets = self._checked(hashes, parts, places)
         missed = [False] * len(hashes)
         peer, lease_id = None, next(self._ids)
         until_s = time.monotonic() + self.deadline_s
         try:
             peer = await self._connect(until_s)
-            lease = await self._ask_peer(
-                peer, GetBlocks(lease_id, self.space, list(hashes), nbytes, prefix), Leased, until_s
-            )
+            request = GetBlocks(lease_id, self.space.named(namespace), list(hashes), block_bytes(parts), prefix)
+            lease = await self._ask_peer(peer, request, Leased, until_s)
             if not any(lease.found):
                 return GetResult(missed)
             picked = targets[np.asarray(lease.found)]
             arena = peer.regions.get(lease.arena)
             if arena is None:
                 raise TransportError("the node does not offer its arena (any more)", peer=peer.name)
-            blocks = BlockList(arena, region, np.asarray(lease.offsets, dtype=np.int64), picked, nbytes)
+            blocks = [
+                BlockList(arena, self._regions[run.region], run.pool_offsets, run.offsets, run.nbytes)
+                for run in part_runs(parts, picked, np.asarray(lease.offsets, dtype=np.int64))
+            ]
             guard = Guard(lease.arena, lease.word_offset, lease.word)
             done = await self._engine.read(peer, blocks, guard=guard, deadline_s=max(0.001, until_s - time.monotonic()))
             if done.transport not in SAME_MEMORY:
-                await self._verify(region, picked, nbytes, lease.digests)
+                await self._verify(parts, picked, lease.digests)
             self._last_cause = None
-            return GetResult(lease.found, lease.from_disk, done.transport)
+            return GetResult(lease.found, lease.from_disk, done.transport, node=self.address)
         except RegistrationError:
             raise
         except (TransportError, PoolError, IntegrityError) as error:
@@ -187,23 +206,22 @@ class PoolClient:
     async def put(
         self,
         hashes: Sequence[bytes],
-        region: Region,
-        offsets: Offsets | Sequence[int],
-        nbytes: int,
+        parts: Sequence[BlockPart],
+        places: Places,
         *,
         first: int = 0,
         length: int = 0,
+        namespace: str | None = None,
     ) -> PutResult:
         """Copy blocks into the pool; the memory may change again when this returns, whatever the result.
 
         Args:
-            offsets: int64 [num_hashes], where each block lies in `region`.
+            parts: what a block consists of at this side.
+            places: int64 [num_hashes], where each block lies, as `parts` count.
             first, length: they are blocks `first` onwards of a prompt of `length` blocks.
-        Raises: RegistrationError where region and offsets do not fit, or the node's slabs are smaller.
+        Raises: RegistrationError where regions and places do not fit, or the node's slabs are smaller.
         """
-        sources = _checked(hashes, offsets)
-        if len(sources) and (int(sources.min()) < 0 or int(sources.max()) + nbytes > region.nbytes):
-            raise RegistrationError(f"blocks of {nbytes} bytes at these offsets leave a region of {region.nbytes}")
+        sources = self._checked(hashes, parts, places)
         word, request_id = new_word(), next(self._ids)
         at: int | None = None
         until_s = time.monotonic() + self.deadline_s
@@ -212,11 +230,10 @@ class PoolClient:
             peer = await self._connect(until_s)
             request = PutBlocks(
                 id=request_id,
-                space=self.space,
+                space=self.space.named(namespace),
                 hashes=list(hashes),
-                nbytes=nbytes,
-                region=region.region_id,
-                offsets=sources.tolist(),
+                parts=list(parts),
+                places=sources.tolist(),
                 words_region=self._words_region.region_id,
                 word_offset=at,
                 word=word,
@@ -303,18 +320,34 @@ class PoolClient:
                 raise
             return self._peer
 
-    async def _verify(self, region: Region, offsets: Offsets, nbytes: int, digests: list[int]) -> None:
-        memory = region.buffer
-        loop = asyncio.get_running_loop()
+    async def _verify(self, parts: Sequence[BlockPart], places: Offsets, digests: list[int]) -> None:
+        # Contiguous, whatever the shape and type that the engine gave it.
+        memory = {id: (ctypes.c_uint8 * r.nbytes).from_address(r.address) for id, r in self._regions.items()}
 
         def first_difference() -> int | None:
-            pairs = zip(offsets.tolist(), digests, strict=True)
-            wrong = (at for at, digest in pairs if xxhash.xxh3_64_intdigest(memory[at : at + nbytes].data) != digest)
-            return next(wrong, None)
+            for place, digest in zip(places.tolist(), digests, strict=True):
+                state = xxhash.xxh3_64()
+                for part in parts:
+                    at = part.base + place * part.stride
+                    state.update(memoryview(memory[part.region])[at : at + part.nbytes])
+                if state.intdigest() != digest:
+                    return int(place)
+            return None
 
-        wrong = await loop.run_in_executor(None, first_difference)
+        wrong = await asyncio.get_running_loop().run_in_executor(None, first_difference)
         if wrong is not None:
-            raise IntegrityError(f"the block that arrived at offset {wrong} is not the one that the node holds")
+            raise IntegrityError(f"the block that arrived at place {wrong} is not the one that the node holds")
+
+    def _checked(self, hashes: Sequence[bytes], parts: Sequence[BlockPart], places: Places) -> Offsets:
+        """int64 [num_hashes]. Raises: RegistrationError."""
+        require_hashes(list(hashes))
+        checked = np.ascontiguousarray(places, dtype=np.int64)
+        if checked.shape != (len(hashes),):
+            raise RegistrationError(
+                f"{len(hashes)} hashes and places of shape {checked.shape}; one place for each hash"
+            )
+        require_inside(parts, checked, self._regions)
+        return checked
 
     def _on_message(self, peer: Peer, payload: bytes) -> None:
         try:
@@ -346,12 +379,3 @@ class PoolClient:
         if error.cause != self._last_cause:
             self._last_cause = error.cause
             _log.warning("the pool did not serve; misses", node=self.address, cause=error.cause, error=str(error))
-
-
-def _checked(hashes: Sequence[bytes], offsets: Offsets | Sequence[int]) -> Offsets:
-    """int64 [num_hashes]. Raises: RegistrationError."""
-    require_hashes(list(hashes))
-    targets = np.ascontiguousarray(offsets, dtype=np.int64)
-    if targets.shape != (len(hashes),):
-        raise RegistrationError(f"{len(hashes)} hashes and offsets of shape {targets.shape}; one offset for each hash")
-    return targets

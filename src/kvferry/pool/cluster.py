@@ -10,13 +10,16 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
+from typing import Any
+
+import msgspec
 
 from kvferry.errors import ConfigError, TransportError
-from kvferry.layout import Offsets
 from kvferry.observe import get_log
 from kvferry.pool.client import GetResult, PoolClient, PutResult
 from kvferry.pool.directory import Directory
 from kvferry.pool.keys import Tier
+from kvferry.pool.parts import BlockPart, Places
 from kvferry.transport.base import Region
 
 _log = get_log(__name__)
@@ -61,25 +64,40 @@ class PoolNodes:
 
     def allocate(self, nbytes: int) -> Region:
         """Shared memory for blocks, known to all nodes' connections; `region.buffer` is uint8 [nbytes]."""
-        region = self.home.allocate(nbytes)
+        return self._share(self.home.allocate(nbytes))
+
+    def register(self, buffer: Any) -> Region:
+        """Register memory for blocks (numpy or torch CPU, contiguous) with all nodes' connections."""
+        return self._share(self.home.register(buffer))
+
+    def _share(self, region: Region) -> Region:
         others = {client: client.register(region.buffer) for client in self._clients[1:]}
         self._regions[region.region_id] = {self.home: region, **others}
         return region
 
-    async def exists(self, hashes: Sequence[bytes]) -> list[Tier | None]:
+    async def exists(self, hashes: Sequence[bytes], *, namespace: str | None = None) -> list[Tier | None]:
         """For each block the fastest tier in which any node holds it."""
-        answers = list((await self._ask_all(hashes)).values())
+        answers = list((await self._ask_all(hashes, namespace)).values())
         return [_fastest([answer[i] for answer in answers]) for i in range(len(hashes))]
 
+    async def longest_prefix(self, hashes: Sequence[bytes], *, namespace: str | None = None) -> int:
+        """How many of these blocks, from the first on, `get` would find now: one node must have them all."""
+        return max(map(_prefix, (await self._ask_all(hashes, namespace)).values()))
+
     async def get(
-        self, hashes: Sequence[bytes], region: Region, offsets: Offsets | Sequence[int], nbytes: int
+        self,
+        hashes: Sequence[bytes],
+        parts: Sequence[BlockPart],
+        places: Places,
+        *,
+        namespace: str | None = None,
     ) -> GetResult:
         """Copy the longest prefix that a node has; arguments and result as those of `PoolClient.get`.
 
         Args:
-            region: what `allocate` of this object gave.
+            parts: in regions that `allocate` or `register` of this object gave.
         """
-        answers = await self._ask_all(hashes)
+        answers = await self._ask_all(hashes, namespace)
         # Stable, and this host's node is the first: it comes before others that have as much.
         ranked = sorted(answers, key=lambda client: -_prefix(answers[client]))
         result = GetResult([False] * len(hashes))
@@ -87,21 +105,21 @@ class PoolNodes:
             if _prefix(answers[client]) <= result.num_prefix:
                 break
             # The one before had less than was said of it, or is gone. Its blocks may be overwritten from here on.
-            result = await client.get(hashes, self._regions[region.region_id][client], offsets, nbytes)
+            result = await client.get(hashes, self._parts_of(client, parts), places, namespace=namespace)
         return result
 
     async def put(
         self,
         hashes: Sequence[bytes],
-        region: Region,
-        offsets: Offsets | Sequence[int],
-        nbytes: int,
+        parts: Sequence[BlockPart],
+        places: Places,
         *,
         first: int = 0,
         length: int = 0,
+        namespace: str | None = None,
     ) -> PutResult:
         """Copy blocks into this host's node; arguments and result as those of `PoolClient.put`."""
-        return await self.home.put(hashes, region, offsets, nbytes, first=first, length=length)
+        return await self.home.put(hashes, parts, places, first=first, length=length, namespace=namespace)
 
     async def remove(self, hashes: Sequence[bytes]) -> int:
         """Forget these blocks on every node that may hold them; returns how many copies there were.
@@ -114,15 +132,19 @@ class PoolNodes:
                 await self._client_of(address)
         return sum(await asyncio.gather(*(client.remove(hashes) for client in self._clients)))
 
-    async def _ask_all(self, hashes: Sequence[bytes]) -> dict[PoolClient, list[Tier | None]]:
+    def _parts_of(self, client: PoolClient, parts: Sequence[BlockPart]) -> list[BlockPart]:
+        """The same memory as another node's connection names it."""
+        return [msgspec.structs.replace(p, region=self._regions[p.region][client].region_id) for p in parts]
+
+    async def _ask_all(self, hashes: Sequence[bytes], namespace: str | None) -> dict[PoolClient, list[Tier | None]]:
         if self._directory is None:
-            answers = await asyncio.gather(*(client.exists(hashes) for client in self._clients))
+            answers = await asyncio.gather(*(client.exists(hashes, namespace=namespace) for client in self._clients))
             return dict(zip(self._clients, answers, strict=True))
-        here = await self.home.exists(hashes)
+        here = await self.home.exists(hashes, namespace=namespace)
         if _prefix(here) == len(hashes):
             return {self.home: here}
         try:
-            holders = await self._directory.lookup(self.home.space, hashes)
+            holders = await self._directory.lookup(self.home.space.named(namespace), hashes)
         except TransportError as error:
             _log.warning("the directory can't be asked; only this host's node is", cause=error.cause, error=str(error))
             return {self.home: here}

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import enum
+import hashlib
 
 import msgspec
 
 from kvferry.errors import RegistrationError
-from kvferry.layout import Fingerprint
+from kvferry.layout import Fingerprint, KVLayout
 
 MAX_HASH_BYTES = 64
 MAX_NAMESPACE_BYTES = 128
@@ -23,16 +24,34 @@ class Tier(enum.StrEnum):
 class BlockSpace(msgspec.Struct, frozen=True):
     """The blocks that may serve one another's requests: one model as computed one way, for one tenant.
 
-    `fingerprint` is `Fingerprint.digest()`. Blocks of different spaces never meet, whatever their hashes are.
+    `fingerprint` is 32 bytes. Blocks of different spaces never meet, whatever their hashes are.
     """
 
     fingerprint: bytes
     namespace: str = "default"
 
     @classmethod
-    def of(cls, fingerprint: Fingerprint, namespace: str = "default") -> BlockSpace:
-        """The space of a model's blocks in a namespace."""
-        return cls(fingerprint.digest(), namespace)
+    def of(cls, fingerprint: Fingerprint, layout: KVLayout, namespace: str = "default") -> BlockSpace:
+        """The space of one rank's blocks of a model in a namespace.
+
+        What makes the bytes of two ranks' blocks differ is in its fingerprint: the packing, the order inside a block,
+        the slice of heads. Where blocks lie and how many there are is not.
+        """
+        packing = (
+            len(layout.layers),
+            layout.block_size,
+            layout.block_bytes,
+            layout.num_kv_heads,
+            layout.grid,
+            layout.opaque,
+            layout.tp_rank,
+            layout.tp_size,
+        )
+        return cls(hashlib.sha256(fingerprint.digest() + msgspec.json.encode(packing)).digest(), namespace)
+
+    def named(self, namespace: str | None) -> BlockSpace:
+        """The same model's blocks in another namespace; None is this one."""
+        return self if namespace is None else BlockSpace(self.fingerprint, namespace)
 
     def require_valid(self) -> None:
         """Raises: RegistrationError for a fingerprint or namespace of a size that no header holds."""

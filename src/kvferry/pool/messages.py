@@ -12,9 +12,7 @@ import msgspec
 from msgspec import Meta
 
 from kvferry.pool.keys import BlockSpace, Tier
-
-Size = Annotated[int, Meta(ge=0, le=1 << 50)]
-"""Bytes, offsets and counts that a peer may name: what is larger is no message."""
+from kvferry.pool.parts import BlockPart, Size
 
 
 class Message(msgspec.Struct, frozen=True, tag=True, array_like=True):
@@ -31,16 +29,15 @@ class Exists(Message, frozen=True):
 
 
 class PutBlocks(Message, frozen=True):
-    """Pull these blocks from region `region` of mine, `nbytes` from each offset, as long as the word stands.
+    """Pull these blocks, each in these parts at its place, from my memory, as long as the word stands.
 
     The blocks are number `first` onwards of a prompt of `length` blocks.
     """
 
     space: BlockSpace
     hashes: list[bytes]
-    nbytes: Size
-    region: Size
-    offsets: list[Size]
+    parts: Annotated[list[BlockPart], Meta(max_length=4096)]
+    places: list[Size]
     words_region: Size
     word_offset: Size
     word: int

@@ -48,6 +48,7 @@ from kvferry.pool.messages import (
     Tiers,
     Unpin,
 )
+from kvferry.pool.parts import block_bytes, part_runs, require_inside
 from kvferry.pool.reporter import Reporter
 from kvferry.pool.settings import PoolSettings
 from kvferry.transfer import Peer, TransferEngine, TransferSettings
@@ -248,13 +249,11 @@ class PoolNode:
         _send(peer, reply)
 
     async def _put(self, peer: Peer, request: PutBlocks) -> PutDone:
-        if len(request.offsets) != len(request.hashes):
-            raise RegistrationError(f"{len(request.hashes)} hashes and {len(request.offsets)} offsets; one for each")
-        source = peer.regions.get(request.region)
-        if source is None:
-            raise RegistrationError(f"you have no region {request.region}; register the memory first", peer=peer.name)
-        index = self._index
-        put = index.begin_put(request.space, request.hashes, request.nbytes, first=request.first, length=request.length)
+        if len(request.places) != len(request.hashes):
+            raise RegistrationError(f"{len(request.hashes)} hashes and {len(request.places)} places; one for each")
+        require_inside(request.parts, _int64(request.places), peer.regions)
+        index, nbytes = self._index, block_bytes(request.parts)
+        put = index.begin_put(request.space, request.hashes, nbytes, first=request.first, length=request.length)
         self._free_slots()
         stored: list[Entry] = []
         if put.blocks:
@@ -276,10 +275,10 @@ class PoolNode:
 
     async def _pull(self, peer: Peer, request: PutBlocks, put: Put) -> list[int]:
         """Copy the blocks from the client's memory into their slabs; returns their digests."""
-        offsets = _offsets([request.offsets[block.index] for block in put.blocks])
+        places = _int64([request.places[block.index] for block in put.blocks])
         slabs = [block.slab for block in put.blocks]
         guard = Guard(request.words_region, request.word_offset, request.word)
-        source, until_s = peer.regions[request.region], time.monotonic() + self.settings.pull_deadline_s
+        sources, until_s = dict(peer.regions), time.monotonic() + self.settings.pull_deadline_s
         near = any(choice.usable and choice.scheme == "shm" for choice in self._engine.explain(peer))
         step = max(1, STEP_BYTES // put.nbytes) if near else len(slabs)
 
@@ -287,9 +286,10 @@ class PoolNode:
             digests: list[int] = []
             for first in range(0, len(slabs), step):
                 some = slabs[first : first + step]
-                blocks = BlockList(
-                    source, self._arena.region, offsets[first : first + step], self._arena.offsets(some), put.nbytes
-                )
+                blocks = [
+                    BlockList(sources[run.region], self._arena.region, run.offsets, run.pool_offsets, run.nbytes)
+                    for run in part_runs(request.parts, places[first : first + step], self._arena.offsets(some))
+                ]
                 left_s = max(0.001, until_s - time.monotonic())
                 self._engine.read_sync(peer, blocks, guard=guard, deadline_s=left_s)
                 digests += [xxhash.xxh3_64_intdigest(self._arena.view(slab, put.nbytes).data) for slab in some]
@@ -382,8 +382,8 @@ class PoolNode:
             self._disk.free_slots()
 
 
-def _offsets(offsets: list[int]) -> Offsets:
-    return np.asarray(offsets, dtype=np.int64)
+def _int64(values: list[int]) -> Offsets:
+    return np.asarray(values, dtype=np.int64)
 
 
 def _send(peer: Peer, reply: Reply) -> bool:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from kvferry.errors import PoolExhausted
-from kvferry.pool import BlockSpace, PoolClient, PoolNode, PoolSettings
+from kvferry.pool import BlockSpace, PoolClient, PoolNode, PoolSettings, whole
 from kvferry.pool.disk import DiskTier
 
 BLOCK = 8192
@@ -41,14 +41,14 @@ async def test_a_failing_disk_costs_misses_only(tmp_path: Path, monkeypatch: pyt
                 if failing == "write":
                     monkeypatch.setattr(DiskTier, "write", fail)
                 region.buffer[:] = 5
-                assert (await client.put(names, region, offsets, BLOCK)).stored == 4
+                assert (await client.put(names, whole(region, BLOCK), offsets)).stored == 4
                 region.buffer[:] = 0
-                assert (await client.get(names, region, offsets, BLOCK)).found == [True] * 4
+                assert (await client.get(names, whole(region, BLOCK), offsets)).found == [True] * 4
                 assert (region.buffer == 5).all()
             else:
                 if failing == "read":
                     monkeypatch.setattr(DiskTier, "read", fail)
-                assert (await client.get(names, region, offsets, BLOCK, prefix=False)).found == [False] * 4
+                assert (await client.get(names, whole(region, BLOCK), offsets, prefix=False)).found == [False] * 4
             await asyncio.sleep(0.1)
             node.check_integrity()
         finally:

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from kvferry.observe import LISTENING
-from kvferry.pool import BlockSpace, PoolClient
+from kvferry.pool import BlockSpace, PoolClient, whole
 
 BLOCK = 65536
 NUM_BLOCKS = 24
@@ -64,14 +64,14 @@ class Worker:
             numbers = list(range(first, first + count))
             hashes = [number.to_bytes(4, "big") for number in numbers]
             offsets = np.arange(count) * BLOCK
-            result = await self.client.get(hashes, self.region, offsets, BLOCK)
+            result = await self.client.get(hashes, whole(self.region, BLOCK), offsets)
             for row, number in enumerate(numbers):
                 if result.found[row]:
                     assert (rows[row] == CONTENT[number]).all(), f"block {number} holds another's bytes"
             self.hits += sum(result.found)
             for row, number in enumerate(numbers):
                 rows[row] = CONTENT[number]
-            self.puts += (await self.client.put(hashes, self.region, offsets, BLOCK)).stored
+            self.puts += (await self.client.put(hashes, whole(self.region, BLOCK), offsets)).stored
             await asyncio.sleep(0.001)
 
 
@@ -113,17 +113,17 @@ async def test_a_stopped_node_costs_a_deadline_and_comes_back(tmp_path: Path) ->
     try:
         region = client.allocate(BLOCK)
         region.buffer[:] = CONTENT[1]
-        assert (await client.put([b"1"], region, [0], BLOCK)).stored == 1
+        assert (await client.put([b"1"], whole(region, BLOCK), [0])).stored == 1
         process.send_signal(signal.SIGSTOP)
         os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WNOWAIT)
         began_s = asyncio.get_running_loop().time()
-        result = await client.get([b"1"], region, [0], BLOCK)
+        result = await client.get([b"1"], whole(region, BLOCK), [0])
         assert (result.found, result.cause) == ([False], "transfer_timeout")
         assert asyncio.get_running_loop().time() - began_s < 5
         process.send_signal(signal.SIGCONT)
         for _ in range(50):
             region.buffer[:] = 0
-            if (await client.get([b"1"], region, [0], BLOCK)).found == [True]:
+            if (await client.get([b"1"], whole(region, BLOCK), [0])).found == [True]:
                 break
             await asyncio.sleep(0.05)
         assert (region.buffer == CONTENT[1]).all()
@@ -138,7 +138,7 @@ async def test_a_client_killed_in_the_middle_of_a_put_leaves_no_block(tmp_path: 
     await client.start()
     script = (
         "import asyncio, sys\n"
-        "from kvferry.pool import BlockSpace, PoolClient\n"
+        "from kvferry.pool import BlockSpace, PoolClient, whole\n"
         "async def main():\n"
         "    client = PoolClient(sys.argv[1], BlockSpace(b'm' * 32, 'tenant-a'))\n"
         "    await client.start()\n"
@@ -147,7 +147,7 @@ async def test_a_client_killed_in_the_middle_of_a_put_leaves_no_block(tmp_path: 
         "    while True:\n"
         "        region.buffer[:] = n % 251\n"
         "        hashes = [b'%d-%d' % (n, i) for i in range(16)]\n"
-        "        put = asyncio.create_task(client.put(hashes, region, [65536 * i for i in range(16)], 65536))\n"
+        "        put = asyncio.create_task(client.put(hashes, whole(region, 65536), [65536 * i for i in range(16)]))\n"
         "        await asyncio.sleep(0)\n"
         "        print(n, flush=True)\n"
         "        await put\n"
@@ -165,7 +165,7 @@ async def test_a_client_killed_in_the_middle_of_a_put_leaves_no_block(tmp_path: 
             writer.stdout.close()
             region = client.allocate(16 * BLOCK)
             hashes = [b"%d-%d" % (number, i) for i in range(16)]
-            result = await client.get(hashes, region, np.arange(16) * BLOCK, BLOCK, prefix=False)
+            result = await client.get(hashes, whole(region, BLOCK), np.arange(16) * BLOCK, prefix=False)
             for row, found in zip(region.buffer.reshape(16, BLOCK), result.found, strict=True):
                 assert not found or (row == number % 251).all()
             for _ in range(100):

@@ -14,7 +14,7 @@ import pytest
 
 from kvferry.cli import main
 from kvferry.observe import LISTENING
-from kvferry.pool import BlockSpace, PoolClient
+from kvferry.pool import BlockSpace, PoolClient, whole
 
 BLOCK = 8192
 SPACE = BlockSpace(b"m" * 32, "tenant-a")
@@ -52,7 +52,7 @@ async def put(address: str, number: int) -> None:
     try:
         region = client.allocate(BLOCK)
         region.buffer[:] = number
-        assert (await client.put([bytes([number])], region, [0], BLOCK)).stored == 1
+        assert (await client.put([bytes([number])], whole(region, BLOCK), [0])).stored == 1
     finally:
         await client.close()
 
@@ -66,7 +66,7 @@ async def test_the_cache_survives_its_engines_and_the_node_itself(tmp_path: Path
         await client.start()
         try:
             region = client.allocate(2 * BLOCK)
-            result = await client.get([b"\1", b"\2"], region, np.array([0, BLOCK]), BLOCK)
+            result = await client.get([b"\1", b"\2"], whole(region, BLOCK), np.array([0, BLOCK]))
         finally:
             await client.close()
     assert (result.found, result.from_disk, result.transport) == ([True, True], 2, "shm")

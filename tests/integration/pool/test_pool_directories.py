@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from kvferry.errors import TransportError
-from kvferry.pool import BlockSpace, PoolClient, PoolNode, PoolNodes, PoolSettings
+from kvferry.pool import BlockSpace, PoolClient, PoolNode, PoolNodes, PoolSettings, whole
 from kvferry.pool.directory import Directory, EmbeddedDirectory
 from kvferry.types import Incarnation
 
@@ -95,7 +95,7 @@ async def put(node: PoolNode, hashes: list[bytes], value: int) -> None:
     await client.start()
     region = client.allocate(len(hashes) * BLOCK)
     region.buffer[:] = value
-    assert (await client.put(hashes, region, np.arange(len(hashes)) * BLOCK, BLOCK)).stored == len(hashes)
+    assert (await client.put(hashes, whole(region, BLOCK), np.arange(len(hashes)) * BLOCK)).stored == len(hashes)
     await client.close()
 
 
@@ -118,7 +118,7 @@ async def test_blocks_of_other_nodes_are_found_and_got(directories: Callable[[],
     try:
 
         async def found(wanted: int) -> bool:
-            return (await pool.get(hashes, region, np.arange(3) * BLOCK, BLOCK)).num_prefix == wanted
+            return (await pool.get(hashes, whole(region, BLOCK), np.arange(3) * BLOCK)).num_prefix == wanted
 
         await put(nodes[1], hashes, 7)
         await eventually(lambda: found(3))
@@ -170,7 +170,7 @@ async def test_what_a_dead_node_still_seems_to_hold_is_got_from_home() -> None:
         await directory.report(Incarnation(7), [(SPACE, b"a"), (SPACE, b"b")], [])
         await directory.join(Incarnation(7), "tcp://127.0.0.1:9", 60.0)
         region = pool.allocate(2 * BLOCK)
-        result = await pool.get([b"a", b"b"], region, [0, BLOCK], BLOCK)
+        result = await pool.get([b"a", b"b"], whole(region, BLOCK), [0, BLOCK])
         assert (result.found, result.transport) == ([True, False], "shm")
         assert (region.buffer[:BLOCK] == 5).all()
     finally:
@@ -194,7 +194,7 @@ async def test_a_redis_that_is_killed_and_comes_back_empty_is_rebuilt(tmp_path: 
     region = pool.allocate(BLOCK)
 
     async def got(block_hash: bytes, **_: Any) -> bool:
-        result = await pool.get([block_hash], region, [0], BLOCK)
+        result = await pool.get([block_hash], whole(region, BLOCK), [0])
         return result.found == [True]
 
     try:

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from kvferry.errors import RegistrationError
-from kvferry.pool import BlockSpace, PoolClient, PoolNode, PoolSettings, Tier
+from kvferry.pool import BlockPart, BlockSpace, PoolClient, PoolNode, PoolSettings, Tier, whole
 from kvferry.pool.messages import PutBlocks
 from kvferry.transport.base import Region
 
@@ -66,13 +66,14 @@ def filled(client: PoolClient, *numbers: int) -> tuple[Region, np.ndarray]:
 
 
 async def put(client: PoolClient, *numbers: int) -> Any:
-    return await client.put(names(*numbers), *filled(client, *numbers), BLOCK, length=len(numbers))
+    region, offsets = filled(client, *numbers)
+    return await client.put(names(*numbers), whole(region, BLOCK), offsets, length=len(numbers))
 
 
 async def get(client: PoolClient, *numbers: int, prefix: bool = True) -> list[bool]:
     """What is found; and found blocks must be the right ones."""
     region = client.allocate(len(numbers) * BLOCK)
-    result = await client.get(names(*numbers), region, np.arange(len(numbers)) * BLOCK, BLOCK, prefix=prefix)
+    result = await client.get(names(*numbers), whole(region, BLOCK), np.arange(len(numbers)) * BLOCK, prefix=prefix)
     right = filled(client, *numbers)[0].buffer.reshape(-1, BLOCK)
     for row, (seen, expected) in enumerate(zip(region.buffer.reshape(-1, BLOCK), right, strict=True)):
         if result.found[row]:
@@ -105,7 +106,7 @@ async def test_two_tenants_with_equal_hashes_never_meet() -> None:
             await put(client, 1)
             assert await get(other, 1) == [False]
             region, offsets = filled(other, 77)
-            await other.put(names(1), region, offsets, BLOCK)
+            await other.put(names(1), whole(region, BLOCK), offsets)
             assert await get(client, 1) == [True]
             assert await other.clear() == 1
             assert await get(client, 1) == [True]
@@ -198,15 +199,15 @@ async def test_a_client_without_a_node_sees_misses_until_it_is_there() -> None:
 async def test_wrong_arguments_are_errors_not_misses() -> None:
     async with pair() as (_, client):
         region, offsets = filled(client, 1)
-        with pytest.raises(RegistrationError, match="one offset for each hash"):
-            await client.put(names(1, 2), region, offsets, BLOCK)
+        with pytest.raises(RegistrationError, match="one place for each hash"):
+            await client.put(names(1, 2), whole(region, BLOCK), offsets)
         with pytest.raises(RegistrationError, match="leave a region"):
-            await client.put(names(1), region, offsets + 1, BLOCK)
+            await client.put(names(1), whole(region, BLOCK), offsets + 1)
         with pytest.raises(RegistrationError, match="larger slabs"):
             big = client.allocate(2 * BLOCK)
-            await client.put(names(1), big, [0], 2 * BLOCK)
+            await client.put(names(1), whole(big, 2 * BLOCK), [0])
         with pytest.raises(RegistrationError, match="block hash of 0 bytes"):
-            await client.get([b""], region, offsets, BLOCK)
+            await client.get([b""], whole(region, BLOCK), offsets)
 
 
 async def test_a_lease_that_ran_out_is_a_miss_and_frees_its_blocks() -> None:
@@ -220,7 +221,7 @@ async def test_a_lease_that_ran_out_is_a_miss_and_frees_its_blocks() -> None:
 
         client._engine.read = late  # type: ignore[method-assign]
         region = client.allocate(BLOCK)
-        result = await client.get(names(1), region, [0], BLOCK)
+        result = await client.get(names(1), whole(region, BLOCK), [0])
         assert (result.found, result.cause) == ([False], "lease_expired")
         assert node.counts["leases_expired"] == 1
 
@@ -237,7 +238,7 @@ async def test_a_put_that_was_given_up_is_not_stored() -> None:
         await client.exists([])
         node._engine.read_sync = late  # type: ignore[method-assign]
         region, offsets = filled(client, 1)
-        assert (await client.put(names(1), region, offsets, BLOCK)).cause == "transfer_timeout"
+        assert (await client.put(names(1), whole(region, BLOCK), offsets)).cause == "transfer_timeout"
         region.buffer[:] = 0
         await asyncio.sleep(0.6)
         assert await client.exists(names(1)) == [None]
@@ -247,13 +248,17 @@ async def test_a_put_that_was_given_up_is_not_stored() -> None:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"offsets": [-1]}, None),
-        ({"offsets": [1 << 63]}, None),
-        ({"offsets": [1 << 40]}, "registration_error"),
+        ({"places": [-1]}, None),
+        ({"places": [1 << 63]}, None),
+        ({"places": [1 << 40]}, "registration_error"),
+        # 2**64 in all, which int64 would take for 0.
+        ({"places": [1 << 32], "stride": 1 << 32}, "registration_error"),
         ({"region": 999}, "registration_error"),
         ({"words_region": 999}, "registration_error"),
         ({"nbytes": 0}, "registration_error"),
-        ({"offsets": [0, 0]}, "registration_error"),
+        ({"places": [0, 0]}, "registration_error"),
+        ({"parts": []}, "registration_error"),
+        ({"parts": [BlockPart(1, 0, 1, 1)] * 4097}, None),
         ({"word": 5}, "lease_expired"),
         ({"space": BlockSpace(b"short")}, "registration_error"),
     ],
@@ -263,9 +268,11 @@ async def test_hostile_puts_store_nothing_and_break_nothing(change: dict[str, An
         region, _ = filled(client, 1)
         assert await client.exists(names(1)) == [None]
         assert client._peer is not None
-        right = {"id": 1, "space": SPACE, "hashes": names(1), "nbytes": BLOCK, "region": region.region_id}
-        right |= {"offsets": [0], "words_region": client._words_region.region_id, "word_offset": 0, "word": 0}
-        request = PutBlocks(**{**right, "first": 0, "length": 1, **change})
+        piece = {"region": region.region_id, "base": 0, "stride": 1, "nbytes": BLOCK}
+        part = BlockPart(**{name: change.get(name, value) for name, value in piece.items()})
+        right = {"id": 1, "space": SPACE, "hashes": names(1), "parts": [part], "first": 0, "length": 1}
+        right |= {"places": [0], "words_region": client._words_region.region_id, "word_offset": 0, "word": 0}
+        request = PutBlocks(**{**right, **{name: value for name, value in change.items() if name not in piece}})
         client._peer.send(msgspec.msgpack.encode(request))
         for _ in range(200):
             if node.counts[f"failed_{said}"] or client._peer.lost is not None:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from kvferry.errors import ConfigError
-from kvferry.pool import BlockSpace, PoolClient, PoolNode, PoolNodes, PoolSettings, Tier
+from kvferry.pool import BlockSpace, PoolClient, PoolNode, PoolNodes, PoolSettings, Tier, whole
 
 BLOCK = 8192
 SPACE = BlockSpace(b"m" * 32, "tenant-a")
@@ -28,21 +28,21 @@ async def test_the_longest_prefix_of_all_nodes_is_got() -> None:
         offsets, hashes = np.arange(4) * BLOCK, [b"a", b"b", b"c", b"d"]
         theirs = far.allocate(4 * BLOCK)
         theirs.buffer.reshape(4, BLOCK)[:] = np.arange(4)[:, None] + 1
-        await far.put(hashes, theirs, offsets, BLOCK)
+        await far.put(hashes, whole(theirs, BLOCK), offsets)
         region = pool.allocate(4 * BLOCK)
         region.buffer[:] = 9
-        assert (await pool.put(hashes[:2], region, offsets[:2], BLOCK)).stored == 2
+        assert (await pool.put(hashes[:2], whole(region, BLOCK), offsets[:2])).stored == 2
         assert await pool.exists([*hashes, b"e"]) == [Tier.HOST] * 4 + [None]
-        result = await pool.get(hashes, region, offsets, BLOCK)
+        result = await pool.get(hashes, whole(region, BLOCK), offsets)
         assert (result.found, result.transport) == ([True] * 4, "tcp")
         assert (region.buffer.reshape(4, BLOCK) == np.arange(4)[:, None] + 1).all()
-        result = await pool.get(hashes[:2], region, offsets[:2], BLOCK)
+        result = await pool.get(hashes[:2], whole(region, BLOCK), offsets[:2])
         assert result.transport == "shm"
         assert (region.buffer[: 2 * BLOCK] == 9).all()
         await there.close()
-        result = await pool.get(hashes, region, offsets, BLOCK)
+        result = await pool.get(hashes, whole(region, BLOCK), offsets)
         assert result.found == [True, True, False, False]
-        assert (await pool.get([b"z"], region, offsets[:1], BLOCK)).found == [False]
+        assert (await pool.get([b"z"], whole(region, BLOCK), offsets[:1])).found == [False]
     finally:
         await pool.close()
         await here.close()
