@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -69,6 +70,7 @@ class Runner:
         self._last_position = loaded.max_position
         self._memory = memory
         self._cache = PagedCache(memory)
+        self._cache_argument = _cache_argument(loaded.model)
         self._chunk_tokens = shape.chunk_tokens
         self.decode_rows = shape.decode_rows
 
@@ -150,12 +152,17 @@ class Runner:
         return {
             "input_ids": torch.tensor(tokens, dtype=torch.int64, device=self._device),
             "position_ids": torch.tensor(positions, dtype=torch.int64, device=self._device),
-            "past_key_values": self._cache,
+            self._cache_argument: self._cache,
             "use_cache": True,
         }
 
     def _pass(self, slots: Sequence[RowSlots | None], on_layer: OnLayer) -> _LayerWatch:
         return _LayerWatch(self._cache, slots, on_layer, on_cuda=self._device.type == "cuda")
+
+
+def _cache_argument(model: Any) -> str:
+    """What this model's forward pass calls its cache: transformers 5.24 renamed it, model family by family."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
 class _LayerWatch:
