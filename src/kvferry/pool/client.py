@@ -321,10 +321,11 @@ class PoolClient:
             return self._peer
 
     async def _verify(self, parts: Sequence[BlockPart], places: Offsets, digests: list[int]) -> None:
-        # Contiguous, whatever the shape and type that the engine gave it.
-        memory = {id: (ctypes.c_uint8 * r.nbytes).from_address(r.address) for id, r in self._regions.items()}
+        regions = dict(self._regions)
 
         def first_difference() -> int | None:
+            # As bytes, whatever the shape and type that the engine gave it.
+            memory = {id: (ctypes.c_uint8 * r.nbytes).from_address(r.address) for id, r in regions.items()}
             for place, digest in zip(places.tolist(), digests, strict=True):
                 state = xxhash.xxh3_64()
                 for part in parts:

@@ -9,6 +9,7 @@ directory says when it can't be asked, or is wrong.
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -62,6 +63,14 @@ class PoolNodes:
         for client in self._clients:
             await client.close()
 
+    @property
+    def failures(self) -> Counter[str]:
+        """Calls that failed, by cause, over all nodes. May be read from any thread."""
+        total: Counter[str] = Counter()
+        for client in tuple(self._clients):
+            total.update(dict(client.failures))
+        return total
+
     def allocate(self, nbytes: int) -> Region:
         """Shared memory for blocks, known to all nodes' connections; `region.buffer` is uint8 [nbytes]."""
         return self._share(self.home.allocate(nbytes))
@@ -97,6 +106,8 @@ class PoolNodes:
         Args:
             parts: in regions that `allocate` or `register` of this object gave.
         """
+        if self._directory is None and len(self._clients) == 1:
+            return await self.home.get(hashes, parts, places, namespace=namespace)
         answers = await self._ask_all(hashes, namespace)
         # Stable, and this host's node is the first: it comes before others that have as much.
         ranked = sorted(answers, key=lambda client: -_prefix(answers[client]))

@@ -1,0 +1,377 @@
+"""An engine's tie to the pool: look up, load and save blocks of its KV memory, without ever waiting for the pool.
+
+A thread of its own runs the connections. Whatever goes wrong is a miss with a cause, and everything ends within the
+deadline; a block that is being loaded or saved stays the caller's until the `Pending` is done, and is not touched any
+more from then on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
+
+import msgspec
+import numpy as np
+
+from kvferry.errors import ConfigError, KVError, PoolExhausted, TransferTimeout, TransportClosed
+from kvferry.layout import KVLayout, Offsets
+from kvferry.observe import get_log
+from kvferry.pool.client import PoolClient
+from kvferry.pool.cluster import PoolNodes
+from kvferry.pool.directory import Directory
+from kvferry.pool.keys import BlockSpace
+from kvferry.pool.parts import BlockPart, block_bytes, parts_of, require_inside
+from kvferry.pool.pending import Pending, finished
+from kvferry.transfer import TransferSettings
+
+PUT_BYTES = 64 << 20
+"""The most that one put saves; between two puts, loads go first."""
+
+CLOSE_TIMEOUT_S = 10.0
+CANCELLED = "cancelled"
+T = TypeVar("T")
+_log = get_log(__name__)
+
+
+class Loaded(NamedTuple):
+    """The first `num_blocks` blocks are whole in the caller's memory; the others hold unspecified bytes.
+
+    `tiers` says how many came from `host`, `disk` and, over other nodes, `remote`. Without a `cause` the rest is a
+    plain miss.
+    """
+
+    num_blocks: int = 0
+    nbytes: int = 0
+    tiers: Mapping[str, int] = {}
+    duration_s: float = 0.0
+    transport: str | None = None
+    cause: str | None = None
+
+
+class Saved(NamedTuple):
+    """Blocks that the pool took, had already, and did not take. `refused` ones have a cause or found no room there."""
+
+    stored: int = 0
+    duplicates: int = 0
+    refused: int = 0
+    nbytes: int = 0
+    duration_s: float = 0.0
+    cause: str | None = None
+
+
+class PoolStats(msgspec.Struct, frozen=True):
+    """Figures since the start. `loaded_blocks` by tier; `failures` by cause; seconds are sums over all calls."""
+
+    lookups: int = 0
+    loads: int = 0
+    loaded_blocks: dict[str, int] = {}
+    missed_blocks: int = 0
+    loaded_bytes: int = 0
+    load_seconds: float = 0.0
+    saves: int = 0
+    saved_blocks: int = 0
+    duplicate_blocks: int = 0
+    refused_blocks: int = 0
+    saved_bytes: int = 0
+    save_seconds: float = 0.0
+    saving_bytes: int = 0
+    failures: dict[str, int] = {}
+
+
+class PoolAttachment:
+    """One rank's blocks and the pool. Thread-safe; no method but the constructor and `close` waits."""
+
+    def __init__(
+        self,
+        nodes: Sequence[str],
+        space: BlockSpace,
+        layout: KVLayout,
+        buffers: Mapping[int, Any],
+        *,
+        secret: bytes | None = None,
+        directory: str | None = None,
+        transports: tuple[str, ...] = ("shm", "tcp"),
+        transfer: TransferSettings | None = None,
+        deadline_s: float = 5.0,
+        max_saving_bytes: int = 1 << 30,
+        wake: Callable[[], None] = lambda: None,
+    ) -> None:
+        """
+        Args:
+            nodes: their `tcp://host:port`; the first is this host's, which takes what is saved.
+            space: `BlockSpace.of` this rank's fingerprint and layout.
+            buffers: the memory of each region that the layout names, host memory (numpy or torch, contiguous).
+            directory: `redis://host:port/number`, where nodes beyond these tell what they hold.
+            deadline_s: for each lookup, load and save, its time in the queue included.
+            max_saving_bytes: more than that is not queued to be saved; a single save always is.
+            wake: called on the attachment's thread whenever something is done.
+        Raises: ConfigError, RegistrationError where memory and layout do not fit. No node need be there yet.
+        """
+        if not nodes:
+            raise ConfigError("a pool needs at least one node; name this host's first, such as tcp://127.0.0.1:7400")
+        _require_host_memory(buffers)
+        self._deadline_s, self._max_saving_bytes, self._wake = deadline_s, max_saving_bytes, wake
+        self._loop = asyncio.new_event_loop()
+
+        def connect(address: str) -> PoolClient:
+            return PoolClient(
+                address, space, secret=secret, transports=transports, transfer=transfer, deadline_s=deadline_s
+            )
+
+        self._directory = None if directory is None else _open_directory(directory)
+        self._nodes = PoolNodes([connect(n) for n in nodes], directory=self._directory, connect=connect)
+        self._lock = threading.Lock()
+        self._closed = False
+        self._saving_bytes = 0
+        self._totals: Counter[str] = Counter()
+        self._tiers: Counter[str] = Counter()
+        self._failures: Counter[str] = Counter()
+        self._seconds = {"load": 0.0, "save": 0.0}
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._loads = 0
+        self._no_loads = asyncio.Event()
+        self._no_loads.set()
+        self._saver = asyncio.Lock()
+        try:
+            self._parts = self._register(layout, buffers)
+        except KVError:
+            self._loop.run_until_complete(self._shut_down())
+            self._loop.close()
+            raise
+        self.block_bytes = block_bytes(self._parts)
+        self._thread = threading.Thread(target=self._run_loop, name="kvferry-pool-attachment", daemon=True)
+        self._thread.start()
+        asyncio.run_coroutine_threadsafe(self._nodes.start(), self._loop).result(CLOSE_TIMEOUT_S)
+
+    # From any thread
+
+    def lookup(self, hashes: Sequence[bytes], *, namespace: str | None = None) -> Pending[int]:
+        """How many of these blocks, from the first on, a load would find; 0 where the pool can't be asked."""
+        return self._begin(lambda: self._lookup(list(hashes), namespace), lambda cause: 0)
+
+    def load(
+        self, hashes: Sequence[bytes], block_ids: Sequence[int] | Offsets, *, namespace: str | None = None
+    ) -> Pending[Loaded]:
+        """Copy the longest prefix of these blocks that the pool has into the KV blocks with these ids."""
+        places = np.array(block_ids, dtype=np.int64)
+        return self._begin(
+            lambda: self._load(list(hashes), places, namespace), lambda cause: self._not_loaded(len(hashes), cause)
+        )
+
+    def save(
+        self,
+        hashes: Sequence[bytes],
+        block_ids: Sequence[int] | Offsets,
+        *,
+        first: int = 0,
+        length: int = 0,
+        namespace: str | None = None,
+    ) -> Pending[Saved]:
+        """Copy the KV blocks with these ids into the pool, those that it has already excepted. Loads go first.
+
+        The blocks stay as they are until the result is there. Refused at once, with nothing copied, where too much is
+        waiting to be saved.
+
+        Args:
+            first, length: they are blocks `first` onwards of a prompt of `length` blocks.
+        """
+        nbytes, places = len(hashes) * self.block_bytes, np.array(block_ids, dtype=np.int64)
+        with self._lock:
+            full = self._saving_bytes > 0 and self._saving_bytes + nbytes > self._max_saving_bytes
+            if not full:
+                self._saving_bytes += nbytes
+        if full:
+            cause = PoolExhausted("").cause
+            self._count(cause)
+            return finished(self._loop, self._not_saved(len(hashes), cause))
+        pending = self._begin(
+            lambda: self._save(list(hashes), places, first, length, namespace),
+            lambda cause: self._not_saved(len(hashes), cause),
+        )
+        pending.on_done(lambda: self._end_saving(nbytes))
+        return pending
+
+    def stats(self) -> PoolStats:
+        """The figures now."""
+        with self._lock:
+            return PoolStats(
+                **self._totals,
+                loaded_blocks=dict(self._tiers),
+                load_seconds=self._seconds["load"],
+                save_seconds=self._seconds["save"],
+                saving_bytes=self._saving_bytes,
+                failures=dict(self._failures + self._nodes.failures),
+            )
+
+    def close(self) -> None:
+        """End what is under way, part from the nodes, join the thread. Nothing is touched afterwards. Idempotent."""
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+        asyncio.run_coroutine_threadsafe(self._shut_down(), self._loop).result(CLOSE_TIMEOUT_S)
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+
+    # On the attachment's thread
+
+    async def _lookup(self, hashes: list[bytes], namespace: str | None) -> int:
+        async with asyncio.timeout(self._deadline_s):
+            found = await self._nodes.longest_prefix(hashes, namespace=namespace)
+        self._add(lookups=1)
+        return found
+
+    async def _load(self, hashes: list[bytes], places: Offsets, namespace: str | None) -> Loaded:
+        began_s = time.monotonic()
+        self._loads += 1
+        self._no_loads.clear()
+        try:
+            async with asyncio.timeout(self._deadline_s):
+                got = await self._nodes.get(hashes, self._parts, places, namespace=namespace)
+        finally:
+            self._loads -= 1
+            if not self._loads:
+                self._no_loads.set()
+        num_blocks, duration_s = got.num_prefix, time.monotonic() - began_s
+        remote = num_blocks if got.node != self._nodes.home.address else 0
+        tiers = {"remote": remote, "disk": 0 if remote else got.from_disk}
+        tiers["host"] = num_blocks - sum(tiers.values())
+        loaded = Loaded(num_blocks, num_blocks * self.block_bytes, tiers, duration_s, got.transport, got.cause)
+        with self._lock:
+            self._tiers.update(tiers)
+            self._seconds["load"] += duration_s
+        self._add(loads=1, missed_blocks=len(hashes) - num_blocks, loaded_bytes=loaded.nbytes)
+        return loaded
+
+    async def _save(
+        self, hashes: list[bytes], places: Offsets, first: int, length: int, namespace: str | None
+    ) -> Saved:
+        began_s = time.monotonic()
+        step = max(1, PUT_BYTES // self.block_bytes)
+        stored = duplicates = 0
+        cause: str | None = None
+        async with asyncio.timeout(self._deadline_s), self._saver:
+            for at in range(0, len(hashes), step):
+                await self._no_loads.wait()
+                done = await self._nodes.put(
+                    hashes[at : at + step],
+                    self._parts,
+                    places[at : at + step],
+                    first=first + at,
+                    length=length,
+                    namespace=namespace,
+                )
+                stored, duplicates, cause = stored + done.stored, duplicates + done.duplicates, done.cause
+                if cause is not None:
+                    break
+        refused = len(hashes) - stored - duplicates
+        duration_s = time.monotonic() - began_s
+        saved = Saved(stored, duplicates, refused, stored * self.block_bytes, duration_s, cause)
+        with self._lock:
+            self._seconds["save"] += duration_s
+        self._add(
+            saves=1, saved_blocks=stored, duplicate_blocks=duplicates, refused_blocks=refused, saved_bytes=saved.nbytes
+        )
+        return saved
+
+    def _not_loaded(self, num_blocks: int, cause: str) -> Loaded:
+        self._add(loads=1, missed_blocks=num_blocks)
+        return Loaded(cause=cause)
+
+    def _not_saved(self, num_blocks: int, cause: str) -> Saved:
+        self._add(saves=1, refused_blocks=num_blocks)
+        return Saved(refused=num_blocks, cause=cause)
+
+    # Inside
+
+    def _register(self, layout: KVLayout, buffers: Mapping[int, Any]) -> tuple[BlockPart, ...]:
+        regions = {index: self._nodes.register(buffer) for index, buffer in buffers.items()}
+        parts = parts_of(layout, {index: region.region_id for index, region in regions.items()})
+        every_block = np.array([0, layout.num_blocks - 1], dtype=np.int64)
+        require_inside(parts, every_block, {region.region_id: region for region in regions.values()})
+        return parts
+
+    def _begin(self, work: Callable[[], Coroutine[Any, Any, T]], failed: Callable[[str], T]) -> Pending[T]:
+        pending: Pending[T] = Pending(self._loop)
+
+        def begin() -> None:
+            if self._closed:
+                pending._finish(failed(TransportClosed("").cause))
+                return
+            task = self._loop.create_task(work())
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+            pending._follow(task, lambda error: failed(self._cause_of(error)))
+            pending.on_done(self._wake)
+
+        with self._lock:
+            if not self._closed:
+                self._loop.call_soon_threadsafe(begin)
+                return pending
+        return finished(self._loop, failed(TransportClosed("").cause))
+
+    def _cause_of(self, error: BaseException) -> str:
+        if isinstance(error, asyncio.CancelledError):
+            return TransportClosed("").cause if self._closed else CANCELLED
+        if isinstance(error, TimeoutError):
+            cause = TransferTimeout("").cause
+        elif isinstance(error, KVError):
+            cause = error.cause
+        else:
+            # A bug, but none that a request should die of: it is computed as if there were no pool.
+            cause = "internal_error"
+            _log.error("the pool's attachment failed; a miss", exc_info=error)
+        self._count(cause)
+        if isinstance(error, KVError):
+            _log.warning("the pool was asked for what cannot be", cause=cause, error=str(error))
+        return cause
+
+    def _add(self, **counts: int) -> None:
+        with self._lock:
+            self._totals.update(counts)
+
+    def _count(self, cause: str) -> None:
+        with self._lock:
+            self._failures[cause] += 1
+
+    def _end_saving(self, nbytes: int) -> None:
+        with self._lock:
+            self._saving_bytes -= nbytes
+
+    async def _shut_down(self) -> None:
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._nodes.close()
+        if self._directory is not None:
+            await self._directory.close()
+
+    def _run_loop(self) -> None:
+        asyncio.set_event_loop(self._loop)
+        try:
+            self._loop.run_forever()
+        finally:
+            self._loop.run_until_complete(self._loop.shutdown_default_executor())
+            self._loop.close()
+
+
+def _require_host_memory(buffers: Mapping[int, Any]) -> None:
+    for index, buffer in buffers.items():
+        device = getattr(getattr(buffer, "device", None), "type", "cpu")
+        if device != "cpu":
+            raise ConfigError(
+                f"region {index} lies in {device} memory; the pool serves KV caches in host memory only so far. "
+                "Start without a pool, or keep the KV cache on the CPU"
+            )
+
+
+def _open_directory(url: str) -> Directory:
+    try:
+        from kvferry.pool.directory_redis import RedisDirectory
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"the pool's directory needs {error.name}; do: pip install 'kvferry[redis]'") from error
+    return RedisDirectory(url)
