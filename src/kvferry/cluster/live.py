@@ -1,4 +1,4 @@
-"""What a running cluster looks like: a table of instances and one of requests, or plain lines where no terminal is."""
+"""What a running cluster looks like: instances, open handoffs and requests, or plain lines where no terminal is."""
 
 from __future__ import annotations
 
@@ -13,13 +13,16 @@ from rich.table import Table
 from rich.text import Text
 
 from kvferry.cluster.processes import Child
-from kvferry.cluster.router_view import EndedRequest, InstanceRow, Requests, RouterView
+from kvferry.cluster.router_view import EndedRequest, HandoffRow, InstanceRow, Requests, RouterView
 from kvferry.errors import KVError
-from kvferry.types import TerminalState
+from kvferry.types import Side, TerminalState
 
 REFRESH_S = 0.5
 NUM_REQUESTS_SHOWN = 12
+MIN_REQUESTS_SHOWN = 3
+NUM_HANDOFFS_SHOWN = 8
 SILENT_WARN_S = 2.0
+LATE_HANDOFF_S = 2.0
 _COLOURS = {
     TerminalState.DELIVERED: "green",
     TerminalState.RECOMPUTED: "yellow",
@@ -87,13 +90,18 @@ async def _show_lines(router: RouterView, console: Console, check: Callable[[], 
 
 
 def draw(picture: Picture, hint: str, height: int) -> RenderableType:
-    """The whole screen: instances, requests, and a hint."""
+    """The whole screen: instances, open handoffs, requests, and a hint."""
     parts: list[RenderableType] = [Text.from_markup(f"[bold]kvferry[/]  {escape(picture.url)}"), Text()]
     if picture.trouble:
         parts.append(Text(picture.trouble, style="bold red"))
     instances = _instances(picture)
     parts += [instances, Text()]
-    room = max(3, min(NUM_REQUESTS_SHOWN, height - instances.row_count - 9))
+    room = max(MIN_REQUESTS_SHOWN, height - instances.row_count - 9)
+    open_handoffs = _handoffs(picture.requests, min(NUM_HANDOFFS_SHOWN, room - MIN_REQUESTS_SHOWN - 2))
+    if open_handoffs.row_count:
+        parts += [open_handoffs, Text()]
+        room -= open_handoffs.row_count + 2
+    room = min(NUM_REQUESTS_SHOWN, room)
     parts += [_requests(picture.requests, room), Text(), Text(f"times in ms   {hint}", style="dim")]
     return Group(*parts)
 
@@ -162,9 +170,36 @@ def _requests(requests: Requests, room: int) -> Table:
     return table
 
 
+def _handoffs(requests: Requests, room: int) -> Table:
+    """Open handoffs, the oldest first: what each of the two sides says of it."""
+    table = _table("handoff", "prefill side", "decode side", "age", "remains", "how far")
+    sides: dict[str, dict[Side, HandoffRow]] = {}
+    for row in requests.handoffs:
+        sides.setdefault(row.handoff, {})[row.side] = row
+    oldest_first = sorted(sides.items(), key=lambda item: -max(row.age_s for row in item[1].values()))
+    for handoff, views in oldest_first[: max(0, room)]:
+        source, target = views.get("source"), views.get("target")
+        age_s = max(row.age_s + row.reported_s for row in views.values())
+        remaining_s = min(row.remaining_s - row.reported_s for row in views.values())
+        named = target.peer if target is not None else ""
+        table.add_row(
+            escape(handoff[:12]),
+            _one_side(source) if source is not None else f"{escape(named)} [yellow]not known there[/]".strip(),
+            _one_side(target) if target is not None else "[yellow]not subscribed[/]",
+            f"[{'yellow' if age_s > LATE_HANDOFF_S else 'default'}]{age_s:.1f} s[/]",
+            f"{max(0.0, remaining_s):.1f} s",
+            escape((target or source or HandoffRow("", "", "source", "", 0, 0)).detail),
+        )
+    return table
+
+
+def _one_side(row: HandoffRow) -> str:
+    return f"{escape(row.instance)} [cyan]{escape(row.stage)}[/]"
+
+
 def _table(*columns: str) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold", expand=False)
-    right = ("running", "waiting", "queue", "prefill", "handoff", "decode", "TTFT", "KV bytes", "pid")
+    right = ("age", "remains", "running", "waiting", "queue", "prefill", "handoff", "decode", "TTFT", "KV bytes", "pid")
     for name in columns:
         table.add_column(name, justify="right" if name in right else "left", no_wrap=True)
     return table

@@ -9,7 +9,7 @@ import aiohttp
 import msgspec
 
 from kvferry.errors import PeerGone, WireError
-from kvferry.types import Role, TerminalState
+from kvferry.types import Role, Side, TerminalState
 
 INSTANCES_PATH = "/kvferry/v1/instances"
 REQUESTS_PATH = "/debug/handoffs"
@@ -68,11 +68,26 @@ class EndedRequest(msgspec.Struct, frozen=True):
     tokens_computed: int = 0
 
 
+class HandoffRow(msgspec.Struct, frozen=True):
+    """One open handoff as one instance reported it, `reported_s` ago."""
+
+    instance: str
+    handoff: str
+    side: Side
+    stage: str
+    age_s: float
+    remaining_s: float
+    peer: str = ""
+    detail: str = ""
+    reported_s: float = 0.0
+
+
 class Requests(msgspec.Struct, frozen=True):
-    """Open requests, and the latest ended ones, oldest first."""
+    """Open requests, open handoffs as the instances report them, and the latest ended requests, oldest first."""
 
     requests: list[OpenRequest] = []
     recent: list[EndedRequest] = []
+    handoffs: list[HandoffRow] = msgspec.field(default_factory=list, name="instances")
 
 
 class _Instances(msgspec.Struct, frozen=True):

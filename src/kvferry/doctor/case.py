@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cached_property
-from itertools import combinations, product
+from itertools import combinations, islice, product
 from typing import Any
 
 import msgspec
@@ -14,6 +14,7 @@ from kvferry.doctor.facts import Facts, Side
 from kvferry.doctor.settings import (
     Settings,
     as_int,
+    json_object,
     read_settings,
     same_node,
     split_host_port,
@@ -24,6 +25,9 @@ NIXL_PORT = 5600
 BOOTSTRAP_PORT = 8998
 _NIXL_PER_RANK_UNTIL = (0, 11, 0)
 _OLD_MOONCAKE_FIRST_SOCKET = 8
+_OLD_NIXL_PORT = 5557
+_KV_PORT_A_RANK = ("P2pNcclConnector", "MooncakeConnectorV1", "MooncakeLayerwiseConnector")
+_MAX_RANKS = 4096
 
 
 class Ports(msgspec.Struct, frozen=True):
@@ -131,7 +135,7 @@ class Case:
         if settings.http_port:
             yield _ports(side, "HTTP", "--port", settings.http_port, [0], explicit_http)
         if "NixlConnector" in settings.connectors or "VLLM_NIXL_SIDE_CHANNEL_PORT" in env:
-            base = as_int(env.get("VLLM_NIXL_SIDE_CHANNEL_PORT")) or NIXL_PORT
+            base = as_int(env.get("VLLM_NIXL_SIDE_CHANNEL_PORT")) or _default_nixl_port(side)
             ranks = range(settings.dp * (settings.tp if _nixl_port_a_rank(side) else 1))
             explicit = "VLLM_NIXL_SIDE_CHANNEL_PORT" in env
             yield _ports(side, "NIXL side channel", "VLLM_NIXL_SIDE_CHANNEL_PORT", base, ranks, explicit, True)
@@ -147,10 +151,12 @@ class Case:
         key = "prefill_url" if side.role == "prefill" else "decode_url"
         if url := self.old_url(key, side):
             yield Ports(side.name, "Mooncake pipe", key, url[1], old_mooncake_ports(url[1], settings.tp), fragile=True)
-        if settings.transfer and "P2pNcclConnector" in settings.connectors:
-            base = as_int(settings.transfer.raw.get("kv_port")) or 0
-            if base:
-                yield _ports(side, "P2pNccl", "kv_port", base, range(settings.tp), True, True)
+        for name, part in settings.transfer.connectors if settings.transfer else ():
+            base = as_int(part.get("kv_port")) or 0
+            if base and name.startswith(_KV_PORT_A_RANK):
+                yield _ports(side, name, "kv_port", base, range(settings.tp * settings.dp), True, True)
+        if events := _events_port(settings.flag("kv-events-config")):
+            yield _ports(side, "KV events", "--kv-events-config", events, range(settings.dp))
 
     def old_mooncake(self, side: Side) -> bool:
         """Whether this side uses Mooncake's first connector, which binds the ports of prefill_url and decode_url."""
@@ -165,13 +171,32 @@ def old_mooncake_ports(base: int, num_ranks: int) -> frozenset[int]:
 
     Source: vLLM's former mooncake_pipe.py (sockets from base + 8 + 2 * rank + 1).
     """
-    engine = {base + r for r in range(num_ranks)}
-    sockets = {base + _OLD_MOONCAKE_FIRST_SOCKET + 2 * r + i for r in range(num_ranks) for i in (1, 2)}
+    ranks = range(min(num_ranks, _MAX_RANKS))
+    engine = {base + r for r in ranks}
+    sockets = {base + _OLD_MOONCAKE_FIRST_SOCKET + 2 * r + i for r in ranks for i in (1, 2)}
     return frozenset(engine | sockets)
 
 
-def _ports(side: Side, purpose: str, key: str, base: int, offsets: Any, explicit: bool, fragile: bool = False) -> Ports:
-    return Ports(side.name, purpose, key, base, frozenset(base + o for o in offsets), explicit, fragile)
+def _ports(
+    side: Side, purpose: str, key: str, base: int, offsets: Iterable[int], explicit: bool = True, fragile: bool = False
+) -> Ports:
+    ports = frozenset(p for o in islice(offsets, _MAX_RANKS) if 0 < (p := base + o) < 65536)
+    return Ports(side.name, purpose, key, base, ports, explicit, fragile)
+
+
+def _events_port(text: str | None) -> int | None:
+    """The port that vLLM publishes its KV events on, None where it publishes none."""
+    config = json_object(text) if text else None
+    if config is None or not (config.get("enable_kv_cache_events") or config.get("publisher") == "zmq"):
+        return None
+    endpoint = config.get("endpoint", "tcp://*:5557")
+    return split_host_port(endpoint)[1] if isinstance(endpoint, str) else None
+
+
+def _default_nixl_port(side: Side) -> int:
+    """vLLM's own default, which was that of its KV events before 0.11 (vLLM issue 25059)."""
+    version = side.versions.get("vllm")
+    return NIXL_PORT if version is None or version_tuple(version) >= (0, 11) else _OLD_NIXL_PORT
 
 
 def _nixl_port_a_rank(side: Side) -> bool:
@@ -184,7 +209,7 @@ def version_tuple(text: str) -> tuple[int, ...]:
     """The numbers of a version, such as (0, 11, 0); what follows a letter or a plus is ignored."""
     out: list[int] = []
     for part in text.partition("+")[0].split("."):
-        digits = part[: next((i for i, c in enumerate(part) if not c.isdigit()), len(part))]
+        digits = part[: next((i for i, c in enumerate(part) if not c.isdecimal()), len(part))]
         if not digits:
             break
         out.append(int(digits))

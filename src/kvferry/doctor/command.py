@@ -13,7 +13,7 @@ from rich.console import Console
 
 from kvferry.config import CONFIG_FILE, cluster_secret, load
 from kvferry.doctor.checks import examine
-from kvferry.doctor.facts import Facts
+from kvferry.doctor.facts import Facts, Side
 from kvferry.doctor.gather import gather
 from kvferry.doctor.report import as_json, exit_status, show, show_probe
 from kvferry.errors import KVError
@@ -98,7 +98,8 @@ def _facts(args: argparse.Namespace) -> Facts:
     if args.logs:
         from kvferry.doctor.logs import read_logs
 
-        facts = msgspec.structs.replace(facts, logs=read_logs(args.logs).findings)
+        story = read_logs(args.logs)
+        facts = msgspec.structs.replace(facts, logs=story.findings, sides=_with_versions(facts, story.versions))
     if args.router and not args.offline:
         from kvferry.doctor.live import look_at_router
 
@@ -112,6 +113,14 @@ def _facts(args: argparse.Namespace) -> Facts:
 
         facts = msgspec.structs.replace(facts, probe=probe_transports(facts))
     return facts
+
+
+def _with_versions(facts: Facts, of_logs: dict[str, str]) -> tuple[Side, ...]:
+    """The sides, with the version of vLLM that their log begins with where nothing else tells it."""
+    return tuple(
+        msgspec.structs.replace(s, versions={"vllm": of_logs[s.role], **s.versions}) if s.role in of_logs else s
+        for s in facts.sides
+    )
 
 
 def _secret(facts: Facts) -> bytes | None:

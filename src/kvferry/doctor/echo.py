@@ -16,6 +16,8 @@ LONG = "漢字" * 40000
 """A router may put cut characters together again, event by event; whoever reads this long one in parts cuts it anew."""
 
 BAD_REQUEST_STATUS = 422
+HANDLER_S = 10.0
+"""A connection on which nothing moves for so long is over, so that the server can always end."""
 
 
 def script() -> list[bytes]:
@@ -49,6 +51,7 @@ class EchoServer:
 
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
+            timeout = HANDLER_S
 
             def do_GET(self) -> None:
                 self._answer(200, {"status": "ok"})

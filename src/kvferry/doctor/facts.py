@@ -37,6 +37,7 @@ class Process(msgspec.Struct, frozen=True):
     memlock_bytes: int | None = None
     shm_total_bytes: int | None = None
     shm_free_bytes: int | None = None
+    pid_namespace: str = ""
 
 
 class Side(msgspec.Struct, frozen=True):
@@ -125,6 +126,14 @@ class ClockReading(msgspec.Struct, frozen=True):
     ahead_s: float
 
 
+class PrefixCounts(msgspec.Struct, frozen=True):
+    """What a vLLM instance counts of the prompt tokens that its connector was asked for, and how many came."""
+
+    name: str
+    asked: int
+    came: int
+
+
 class RouterProbe(msgspec.Struct, frozen=True):
     """What came out when probe requests were sent through the router to an echo upstream, or straight to it.
 
@@ -178,6 +187,7 @@ class Facts(msgspec.Struct, frozen=True):
     reaches: tuple[Reach, ...] = ()
     resolutions: tuple[Resolution, ...] = ()
     clocks: tuple[ClockReading, ...] = ()
+    prefix_counts: tuple[PrefixCounts, ...] = ()
     router: dict[str, Any] | None = None
     router_url: str | None = None
     router_error: str | None = None

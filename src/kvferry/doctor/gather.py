@@ -13,7 +13,7 @@ from kvferry.doctor.case import Case
 from kvferry.doctor.facts import Facts, Side, SideRole
 from kvferry.doctor.inputs import read_config, read_side
 from kvferry.doctor.processes import look_at_host
-from kvferry.doctor.reach import gather_clocks, gather_reaches, gather_resolutions
+from kvferry.doctor.reach import gather_clocks, gather_prefix_counts, gather_reaches, gather_resolutions
 from kvferry.errors import ConfigError
 
 _DISK_VARIABLES = ("MOONCAKE_OFFLOAD_FILE_STORAGE_PATH", "LMCACHE_LOCAL_DISK", "KVFERRY_POOL_DISK")
@@ -49,7 +49,18 @@ def gather(
     if offline:
         return facts
     case = Case(facts)
-    return msgspec.structs.replace(facts, reaches=gather_reaches(case), clocks=gather_clocks(_urls(case)))
+    urls = _urls(case)
+    decoding = {
+        s.name: urls[s.name]
+        for s in facts.decodes
+        if s.name in urls and case.settings[s.name].engine == "vllm" and case.settings[s.name].connectors
+    }
+    return msgspec.structs.replace(
+        facts,
+        reaches=gather_reaches(case),
+        clocks=gather_clocks(urls),
+        prefix_counts=gather_prefix_counts(decoding),
+    )
 
 
 def _sides(role: SideRole, specs: Sequence[str]) -> list[Side]:

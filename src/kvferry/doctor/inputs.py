@@ -13,9 +13,11 @@ import psutil
 
 from kvferry.doctor.facts import Side, SideRole
 from kvferry.doctor.processes import look_at
+from kvferry.doctor.reading import read_text, reason
 from kvferry.doctor.settings import engine_of
 from kvferry.errors import ConfigError
 
+_A_SIDE = "a pid or a text file of KEY=VALUE lines in which COMMAND= may hold the command line"
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.]*")
 _DISTRIBUTIONS = {
     "vllm": "vllm",
@@ -43,16 +45,10 @@ def read_side(role: SideRole, spec: str, name: str) -> Side:
 
     Raises: ConfigError, naming the input and what was expected.
     """
-    if spec.isdigit():
+    if spec.isascii() and spec.isdecimal():
         return _from_pid(role, int(spec), name)
     path = Path(spec)
-    try:
-        text = path.read_text()
-    except (OSError, UnicodeDecodeError) as e:
-        raise ConfigError(
-            f"--{role} {spec}: cannot be read ({_reason(e)}); expected a pid or a text file of KEY=VALUE lines "
-            "in which COMMAND= may hold the command line"
-        ) from e
+    text = read_text(spec, f"--{role} {spec}", _A_SIDE)
     environment, command = parse_env_file(text, f"--{role} {spec}")
     return _with_mooncake(
         Side(role, name, f"file {path.name}", environment, command, versions=_versions(environment, None)), path.parent
@@ -92,17 +88,11 @@ def read_config(path_text: str) -> tuple[dict[str, Any] | None, str | None]:
 
     Raises: ConfigError, naming the file and what was expected.
     """
-    path = Path(path_text)
-    try:
-        text = path.read_text()
-    except (OSError, UnicodeDecodeError) as e:
-        raise ConfigError(
-            f"--config {path_text}: cannot be read ({_reason(e)}); expected kvferry.toml or mooncake.json"
-        ) from e
-    if path.suffix == ".toml":
+    text = read_text(path_text, f"--config {path_text}", "kvferry.toml or mooncake.json")
+    if Path(path_text).suffix == ".toml":
         try:
             tomllib.loads(text)
-        except tomllib.TOMLDecodeError as e:
+        except (tomllib.TOMLDecodeError, RecursionError) as e:
             raise ConfigError(f"--config {path_text}: is not TOML ({e}); expected kvferry's settings") from e
         return None, text
     return parse_mooncake(text, f"--config {path_text}"), None
@@ -115,7 +105,7 @@ def parse_mooncake(text: str, source: str) -> dict[str, Any]:
     """
     try:
         decoded = msgspec.json.decode(text)
-    except msgspec.DecodeError as e:
+    except (msgspec.DecodeError, RecursionError) as e:
         raise ConfigError(
             f"{source}: is not JSON ({e}); expected a JSON object with metadata_server, protocol and device_name"
         ) from e
@@ -129,23 +119,25 @@ def _from_pid(role: SideRole, pid: int, name: str) -> Side:
         process = psutil.Process(pid)
         engine = _engine_below(process)
         environment, command = engine.environ(), tuple(engine.cmdline())
-        directory = Path(engine.cwd())
-        executable = engine.exe()
-    except psutil.NoSuchProcess as e:
+        directory, executable = Path(engine.cwd()), engine.exe()
+        seen = look_at(process)
+    except psutil.ZombieProcess as e:
+        raise ConfigError(f"--{role} {pid}: the process has ended; expected the pid of a running instance") from e
+    except (psutil.NoSuchProcess, FileNotFoundError, OverflowError) as e:
         raise ConfigError(f"--{role} {pid}: there is no such process; expected the pid of a running instance") from e
     except psutil.AccessDenied as e:
         raise ConfigError(
             f"--{role} {pid}: its environment may not be read; run the doctor as the same user or as root"
         ) from e
-    except (psutil.ZombieProcess, FileNotFoundError) as e:
-        raise ConfigError(f"--{role} {pid}: the process has ended; expected the pid of a running instance") from e
+    except OSError as e:
+        raise ConfigError(f"--{role} {pid}: cannot be looked at ({reason(e)}); run the doctor as root") from e
     side = Side(
         role,
         name,
         f"pid {pid}",
         environment,
         command,
-        process=look_at(process),
+        process=seen,
         versions=_versions(environment, (command[0] if command else "", executable)),
     )
     return _with_mooncake(side, directory)
@@ -168,13 +160,9 @@ def _with_mooncake(side: Side, directory: Path) -> Side:
     path = directory / named
     changes: dict[str, Any] = {"mooncake_path": named}
     try:
-        changes["mooncake"] = parse_mooncake(path.read_text(), named)
-    except OSError as e:
-        changes["mooncake_error"] = f"cannot be read ({_reason(e)})"
-    except UnicodeDecodeError:
-        changes["mooncake_error"] = "is not text"
+        changes["mooncake"] = parse_mooncake(read_text(str(path), named, "a JSON object"), named)
     except ConfigError as e:
-        changes["mooncake_error"] = e.message
+        changes["mooncake_error"] = e.message.removeprefix(f"{named}: ")
     return msgspec.structs.replace(side, **changes)
 
 
@@ -231,7 +219,3 @@ def _unquote(value: str) -> str:
     if len(value) >= 2 and value[0] == value[-1] and value[0] in "'\"":
         return value[1:-1]
     return value.partition(" #")[0].rstrip()
-
-
-def _reason(error: Exception) -> str:
-    return error.strerror or str(error) if isinstance(error, OSError) else "it is not text"

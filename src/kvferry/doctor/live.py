@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import time
-import urllib.error
-import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
+from urllib.parse import urlsplit
 
 import msgspec
 
-from kvferry.doctor.facts import Facts
+from kvferry.addresses import is_loopback
+from kvferry.doctor.asking import get
+from kvferry.doctor.facts import ClockReading, Facts
+from kvferry.doctor.reach import Answers, ask_health
 
 INSTANCES_PATH = "/kvferry/v1/instances"
 HANDOFFS_PATH = "/debug/handoffs"
@@ -23,15 +26,40 @@ def look_at_router(facts: Facts, url: str, second_look_s: float = SECOND_LOOK_S)
     url = url.rstrip("/") if "://" in url else f"http://{url.rstrip('/')}"
     facts = msgspec.structs.replace(facts, router_url=url)
     try:
-        first = _instances(url)
-        state = _state(url, first)
-        if any(m.get("running") or m.get("waiting") for m in first) or state["handoffs"]:
+        rows = first = _instances(url)
+        state = _state(url)
+        if any(m.get("running") or m.get("waiting") for m in first) or state["handoffs"] or state["requests"]:
             time.sleep(second_look_s)
-            second = _instances(url)
-            state = _state(url, [_compared(m, first, second_look_s) for m in second])
+            rows = [_compared(m, first, second_look_s) for m in _instances(url)]
+            state = _state(url)
     except _NotKVFerry as e:
         return msgspec.structs.replace(facts, router_error=str(e), router_is_foreign=e.answers)
-    return msgspec.structs.replace(facts, router=state)
+    # Who answers is asked last: an instance that ended in between is in the first table and not in the second.
+    answers, clocks = _who_answers(url, rows)
+    state["instances"] = [{**m, "answers": a} for m, a in zip(rows, answers, strict=True)]
+    return msgspec.structs.replace(facts, router=state, clocks=(*facts.clocks, *clocks))
+
+
+def _who_answers(url: str, rows: list[dict[str, Any]]) -> tuple[list[Answers], list[ClockReading]]:
+    """Ask the HTTP server of each instance, side by side; a loopback address only where the router's is one, too."""
+    at_home = is_loopback(_host(url))
+
+    def ask(row: dict[str, Any]) -> tuple[Answers, ClockReading | None]:
+        theirs = str(row.get("url"))
+        if is_loopback(_host(theirs)) and not at_home:
+            return "unknown", None
+        return ask_health(str(row.get("instance_id")), theirs)
+
+    with ThreadPoolExecutor(max_workers=16) as threads:
+        asked = list(threads.map(ask, rows))
+    return [a for a, _ in asked], [clock for _, clock in asked if clock is not None]
+
+
+def _host(url: str) -> str:
+    try:
+        return urlsplit(url).hostname or ""
+    except ValueError:
+        return ""
 
 
 class _NotKVFerry(Exception):
@@ -42,10 +70,10 @@ class _NotKVFerry(Exception):
         self.answers = answers
 
 
-def _state(url: str, instances: list[dict[str, Any]]) -> dict[str, Any]:
+def _state(url: str) -> dict[str, Any]:
     seen = _get(url + HANDOFFS_PATH)
     return {
-        "instances": instances,
+        "instances": [],
         "handoffs": seen.get("instances") or [],
         "requests": seen.get("requests") or [],
         "recent": seen.get("recent") or [],
@@ -67,14 +95,14 @@ def _compared(now: dict[str, Any], first: list[dict[str, Any]], between_s: float
 
 def _get(url: str) -> dict[str, Any]:
     try:
-        with urllib.request.urlopen(url, timeout=ASK_S) as answer:
-            decoded = msgspec.json.decode(answer.read())
-    except urllib.error.HTTPError as e:
-        raise _NotKVFerry(f"{url} answered {e.code}; kvferry's router answers 200 there", answers=True) from e
+        answer = get(url, ASK_S)
     except (OSError, ValueError) as e:
-        reason = getattr(e, "reason", e)
-        raise _NotKVFerry(f"{url} does not answer ({reason})", answers=False) from e
-    except msgspec.DecodeError as e:
+        raise _NotKVFerry(f"{url} does not answer ({e})", answers=isinstance(e, ValueError)) from e
+    if answer.status != 200:
+        raise _NotKVFerry(f"{url} answered {answer.status}; kvferry's router answers 200 there", answers=True)
+    try:
+        decoded = msgspec.json.decode(answer.body)
+    except (msgspec.DecodeError, RecursionError) as e:
         raise _NotKVFerry(f"{url} answered something that is not JSON; kvferry's router does", answers=True) from e
     if not isinstance(decoded, dict):
         raise _NotKVFerry(f"{url} answered JSON of another form; kvferry's router gives an object", answers=True)

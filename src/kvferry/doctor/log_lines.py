@@ -12,9 +12,8 @@ _ISO = re.compile(r"(\d{4})-(\d\d)-(\d\d)[T ](\d\d):(\d\d):(\d\d)(?:[.,](\d{1,6}
 _VLLM = re.compile(r"^(DEBUG|INFO|WARNING|ERROR|CRITICAL) (\d\d)-(\d\d) (\d\d):(\d\d):(\d\d)(?:\.(\d{1,6}))?\b")
 _GLOG = re.compile(r"^[IWEF](?:(\d{4}))?(\d\d)(\d\d) (\d\d):(\d\d):(\d\d)\.(\d{1,6})\b")
 _EPOCH = re.compile(r"^\[(\d{10})\.(\d{1,6})\] \[")
-_REQUEST = re.compile(
-    r"\b((?:chat)?cmpl-[\w.:-]*\w|request(?:_id)?[\"']?[=:]\s*[\"']?[\w.:-]*\w|handoff[\"']?[=:]\s*[\"']?[0-9a-f]{4,32})"
-)
+_HANDOFF = re.compile(r"\bhandoff[\"']?[=: ]\s*[\"']?([0-9a-f]{4,32})\b")
+_REQUEST = re.compile(r"\b((?:chat)?cmpl-[\w.:-]*\w|request(?:_id)?[\"']?[=:]\s*[\"']?[\w.:-]*\w)")
 _CHOICE = re.compile(r"(-\d+)(-[0-9a-f]{8})?$")
 
 
@@ -60,7 +59,12 @@ def _local(
 
 
 def request_of(text: str) -> str | None:
-    """The request that a line is about: vLLM's id without its choice number, or kvferry's request or handoff id."""
+    """The request that a line is about: vLLM's id without its choice number, or kvferry's handoff or request id.
+
+    A handoff has one id on all sides; the request's own is known to the router alone.
+    """
+    if m := _HANDOFF.search(text):
+        return m[1]
     m = _REQUEST.search(text)
     if m is None:
         return None

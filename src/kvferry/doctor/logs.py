@@ -5,22 +5,29 @@ from __future__ import annotations
 import datetime
 import re
 import time
+from collections import Counter, deque
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import msgspec
 from rich.console import Console
+from rich.table import Table
 from rich.text import Text
 
 from kvferry.doctor.case import version_tuple
 from kvferry.doctor.facts import LogFinding
 from kvferry.doctor.findings import Finding, catalogue
 from kvferry.doctor.log_lines import Line, parse_time, request_of, side_of
-from kvferry.doctor.log_rules import Rule, rules
+from kvferry.doctor.log_rules import Rule, candidates, rules
+from kvferry.doctor.reading import read_bytes, reason
 from kvferry.doctor.report import show
 from kvferry.errors import ConfigError
 
 MAX_LINE = 4000
+MAX_LOG_BYTES = 64 << 20
+"""Of a longer log the end is read."""
+MAX_FOLLOWED_LINES = 100_000
+MAX_REQUESTS_SHOWN = 10
 PROBE_MARK = "kvferry-doctor-"
 """In every line about the doctor's own probe requests, some of which are meant to fail."""
 POLL_S = 0.3
@@ -48,7 +55,10 @@ class Request(msgspec.Struct, frozen=True):
 
 
 class Story(msgspec.Struct, frozen=True):
-    """What the logs tell: how many lines, the signs in order, each request, findings, and one paragraph."""
+    """What the logs tell: how many lines, the signs in order, each request, findings, and one paragraph.
+
+    `versions` are those of vLLM, by the side whose log begins with them.
+    """
 
     num_lines: int
     sources: tuple[str, ...]
@@ -56,6 +66,7 @@ class Story(msgspec.Struct, frozen=True):
     requests: tuple[Request, ...]
     findings: tuple[LogFinding, ...]
     paragraph: str
+    versions: dict[str, str] = {}
 
 
 def read_logs(paths: Sequence[str]) -> Story:
@@ -63,18 +74,25 @@ def read_logs(paths: Sequence[str]) -> Story:
 
     Raises: ConfigError, naming the file that cannot be read.
     """
+    return tell(_load(paths)[0])
+
+
+def _load(paths: Sequence[str]) -> tuple[list[Line], dict[str, int]]:
+    """The lines of every log, and how far each was read."""
     lines: list[Line] = []
+    sizes: dict[str, int] = {}
     for path_text in paths:
         path = Path(path_text)
         try:
-            text = path.read_text(errors="replace")
+            data, sizes[path_text] = read_bytes(path, MAX_LOG_BYTES)
             year = datetime.datetime.fromtimestamp(path.stat().st_mtime).year
-        except OSError as e:
+        except (OSError, ValueError) as e:
             raise ConfigError(
-                f"{path_text}: cannot be read ({e.strerror or e}); expected a log of vLLM, kvferry, Mooncake or NIXL"
+                f"{path_text}: cannot be read ({reason(e)}); expected a log of vLLM, kvferry, Mooncake or NIXL"
             ) from e
+        text = data.decode(errors="replace")
         lines += parse_lines(text.splitlines(), _source(path, paths, text), year)
-    return tell(lines)
+    return lines, sizes
 
 
 def parse_lines(texts: Iterable[str], source: str, year: int) -> list[Line]:
@@ -88,7 +106,7 @@ def parse_lines(texts: Iterable[str], source: str, year: int) -> list[Line]:
     return out
 
 
-def tell(lines: Sequence[Line]) -> Story:
+def tell(lines: Iterable[Line]) -> Story:
     """Match the lines, follow each request, and say what happened."""
     ordered = sorted(lines, key=lambda x: x.at or 0.0)  # sorted is stable: lines of one file keep their order
     signs: list[Sign] = []
@@ -96,12 +114,13 @@ def tell(lines: Sequence[Line]) -> Story:
     for line in ordered:
         if PROBE_MARK in line.text:
             continue
-        for rule, pattern in rules():
+        for i in candidates(line.text):
+            rule, pattern = rules()[i]
             m = pattern.search(line.text)
-            if m is None:
+            if m is None or (rule.side and side_of(line.source, "") != rule.side):
                 continue
-            name = request_of(" ".join(v for k, v in m.groupdict().items() if k == "request" and v)) if m else None
-            name = name or request_of(line.text)
+            named = m.groupdict().get("request")
+            name = (request_of(named) or named.rstrip(".,")) if named else request_of(line.text)
             if rule.stage:
                 _advance(requests, name, rule, line)
             else:
@@ -109,11 +128,13 @@ def tell(lines: Sequence[Line]) -> Story:
                 signs.append(Sign(line, rule, name))
                 _trouble(requests, name, rule)
                 break
-    findings = (*_findings(signs), *_versions(ordered))
+    versions = _versions_of(ordered)
+    findings = (*_findings(signs), *_differing(versions))
     sources = tuple(dict.fromkeys(x.source for x in ordered))
     every = tuple(requests.values())
     paragraph = _paragraph(ordered, sources, signs, every, findings)
-    return Story(len(ordered), sources, tuple(signs), every, findings, paragraph)
+    by_side = {_side(source): v for source, v in versions.items() if _side(source)}
+    return Story(len(ordered), sources, tuple(signs), every, findings, paragraph, by_side)
 
 
 def _advance(requests: dict[str, Request], name: str | None, rule: Rule, line: Line) -> None:
@@ -160,13 +181,17 @@ def _findings(signs: Sequence[Sign]) -> tuple[LogFinding, ...]:
     return tuple(out)
 
 
-def _versions(lines: Sequence[Line]) -> tuple[LogFinding, ...]:
-    """A finding if the logs of prefill and decode begin with different versions of vLLM."""
-    seen: dict[str, Line] = {}
+def _versions_of(lines: Sequence[Line]) -> dict[str, str]:
+    """The version of vLLM that each log begins with, by its source."""
     versions: dict[str, str] = {}
     for line in lines:
-        if (m := _VERSION.search(line.text)) and line.source not in versions:
-            versions[line.source], seen[line.source] = m[1].rstrip(".,)"), line
+        if ("vLLM" in line.text or "LLM engine" in line.text) and (m := _VERSION.search(line.text)):
+            versions.setdefault(line.source, m[1].rstrip(".,)"))
+    return versions
+
+
+def _differing(versions: dict[str, str]) -> tuple[LogFinding, ...]:
+    """A finding if the logs of prefill and decode begin with different versions of vLLM."""
     sides = {source: version for source, version in versions.items() if _side(source) in ("prefill", "decode")}
     if len(set(sides.values())) < 2:
         return ()
@@ -204,8 +229,7 @@ def _paragraph(
     start = f"{len(lines)} lines of {', '.join(sources)} {span}."
     if not findings:
         done = sum(r.step >= _ENDED for r in requests)
-        more = f" {done} of {len(requests)} requests ended well." if requests else ""
-        return f"{start} No line tells of trouble.{more}"
+        return f"{start} No line tells of trouble." + (f" {done} requests ended well." if done else "")
     cause = findings[0]
     first = next((s for s in signs if s.rule.finding == cause.finding), None)
     title = cause.title.removeprefix("Logs: ")
@@ -215,19 +239,21 @@ def _paragraph(
     if len(findings) > 1:
         rest = "; ".join(f"{f.title.removeprefix('Logs: ')} ({f.count} x in {f.source})" for f in findings[1:4])
         parts.append(f"Then: {rest}.")
-    stuck = [r for r in requests if r.step < _ENDED and (r.trouble or r.stage)]
-    if stuck:
-        stages: dict[str, int] = {}
-        for r in stuck:
-            stages[r.stage or "no stage that was logged"] = stages.get(r.stage or "no stage that was logged", 0) + 1
-        reached = ", ".join(f"{n} reached {s}" for s, n in stages.items())
+    if stuck := unended(requests):
+        stages = Counter(r.stage or "seen only in that trouble" for r in stuck)
+        reached = ", ".join(f"{n} {s}" for s, n in stages.items())
         last = max(stuck, key=lambda r: r.at or 0.0)
         parts.append(
-            f"{len(stuck)} of {len(requests)} requests did not end well ({reached}); "
-            f"{last.name} was last well at {_clock(last.at)} in {last.source or 'no log'}."
+            f"Of {len(requests)} requests {len(stuck)} have no good end in these logs ({reached})"
+            + (f"; {last.name} was last well at {_clock(last.at)} in {last.source}." if last.at is not None else ".")
         )
     parts.append(f"To mend it: {cause.fix}.")
     return " ".join(parts)
+
+
+def unended(requests: Sequence[Request]) -> list[Request]:
+    """Requests whose end no line tells of, those in trouble first."""
+    return sorted((r for r in requests if r.step < _ENDED), key=lambda r: not r.trouble)
 
 
 def _clock(at: float | None) -> str:
@@ -248,6 +274,14 @@ def report(story: Story, findings: list[Finding], console: Console) -> None:
     console.print(Text(story.paragraph))
     if findings:
         console.print()
+        if stuck := unended(story.requests):
+            table = Table(
+                "request", "last good stage", "at", "in", "trouble", title_justify="left", title="no good end"
+            )
+            for r in stuck[:MAX_REQUESTS_SHOWN]:
+                at = "" if r.at is None else _clock(r.at)
+                table.add_row(*map(Text, (r.name, r.stage or "none logged", at, r.source, r.trouble)))
+            console.print(table)
         show(findings, console, f"{story.num_lines} log lines")
 
 
@@ -257,11 +291,11 @@ def follow(paths: Sequence[str], console: Console) -> int:
     Returns: 1 if a sign of level error was seen, else 0.
     Raises: ConfigError as `read_logs`.
     """
-    story = read_logs(paths)
+    lines, positions = _load(paths)
+    story = tell(lines)
     console.print(Text(story.paragraph))
-    positions = {p: Path(p).stat().st_size for p in paths}
     pending = dict.fromkeys(paths, "")
-    lines: list[Line] = []
+    recent: deque[Line] = deque(lines, MAX_FOLLOWED_LINES)
     seen_error = any(f.severity == "error" for f in story.findings)
     try:
         while True:
@@ -269,14 +303,15 @@ def follow(paths: Sequence[str], console: Console) -> int:
             for p in paths:
                 fresh, positions[p] = _grown(p, positions[p])
                 whole, _, pending[p] = (pending[p] + fresh).rpartition("\n")
-                new = parse_lines(whole.splitlines(), Path(p).name, datetime.datetime.now().year)
-                lines += new
+                source = _source(Path(p), paths, whole)
+                new = parse_lines(whole.splitlines(), source, datetime.datetime.now().year)
+                recent.extend(new)
                 for sign in tell(new).signs:
                     seen_error |= sign.rule.severity == "error"
                     title = catalogue()[sign.rule.finding].title.removeprefix("Logs: ")
                     console.print(Text(f"{_clock(sign.line.at)} {sign.line.source}: {title}: {sign.line.text}"))
     except KeyboardInterrupt:
-        console.print(Text(tell(lines).paragraph))
+        console.print(Text(tell(recent).paragraph))
     return 1 if seen_error else 0
 
 
@@ -286,7 +321,7 @@ def _grown(path: str, position: int) -> tuple[str, int]:
         size = Path(path).stat().st_size
         with Path(path).open("rb") as f:
             f.seek(position if size >= position else 0)
-            data = f.read()
+            data = f.read(MAX_LOG_BYTES)
             return data.decode(errors="replace"), f.tell()
     except OSError:
         return "", position

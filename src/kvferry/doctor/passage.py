@@ -10,15 +10,15 @@ from __future__ import annotations
 
 import http.client
 import secrets
-import socket
 import time
 import urllib.parse
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from typing import Any
 
 import msgspec
 
+from kvferry.doctor.asking import connect, ended_after, open_http
 from kvferry.doctor.echo import BAD_REQUEST_STATUS, LONG, PAUSE_S, TEXT, EchoServer, script
 from kvferry.doctor.facts import RouterProbe
 from kvferry.layout import Fingerprint
@@ -27,6 +27,7 @@ from kvferry.types import Outcome, Role, TerminalState, new_incarnation, ticket_
 from kvferry.wire import sign_http
 
 REQUEST_S = 20.0
+CONNECT_S = 3.0
 BUFFERED_SHARE = 0.3
 OUTSIDE_TOKENS = 192
 MIN_DECODING_S = 0.3
@@ -208,29 +209,32 @@ def _exchange(
     secret: bytes | None,
     read: Callable[[http.client.HTTPResponse], bytes],
 ) -> tuple[int, bytes]:
-    parts = urllib.parse.urlsplit(url)
-    secure = parts.scheme == "https"
-    connect = http.client.HTTPSConnection if secure else http.client.HTTPConnection
     headers = {"content-type": "application/json"}
     if secret is not None:
         headers["x-kvferry-auth"] = sign_http(secret, method, path, body)
-    connection = connect(parts.hostname or "", parts.port, timeout=REQUEST_S)
     try:
-        connection.request(method, parts.path.rstrip("/") + path, body, headers)
-        answer = connection.getresponse()
-        return answer.status, read(answer)
-    except (OSError, http.client.HTTPException) as e:
-        raise _Unusable(f"{method} {path} got no answer: {e or type(e).__name__}") from e
-    finally:
-        connection.close()
+        connection = open_http(url, CONNECT_S)
+    except (OSError, ValueError) as e:
+        raise _Unusable(f"cannot connect: {e}") from e
+    connection.sock.settimeout(REQUEST_S)
+    with closing(connection), ended_after(connection.sock, REQUEST_S) as late:
+        try:
+            connection.request(method, urllib.parse.urlsplit(url).path.rstrip("/") + path, body, headers)
+            answer = connection.getresponse()
+            whole = read(answer)
+        except (OSError, ValueError, http.client.HTTPException) as e:
+            why = f"none that ended within {REQUEST_S:.0f} s" if late.is_set() else e or type(e).__name__
+            raise _Unusable(f"{method} {path} got no answer: {why}") from e
+    if late.is_set():
+        raise _Unusable(f"{method} {path} got no answer that ended within {REQUEST_S:.0f} s")
+    return answer.status, whole
 
 
 def _own_address(url: str) -> str:
     """The address of this machine that the router reaches."""
-    parts = urllib.parse.urlsplit(url)
-    port = parts.port or (443 if parts.scheme == "https" else 80)
     try:
-        with socket.create_connection((parts.hostname or "", port), 3.0) as s:
+        parts = urllib.parse.urlsplit(url)
+        with connect(parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80), CONNECT_S) as s:
             return str(s.getsockname()[0])
-    except (OSError, OverflowError) as e:
+    except (OSError, ValueError) as e:
         raise _Unusable(f"cannot connect: {e}") from e

@@ -15,13 +15,14 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from kvferry.errors import AuthenticationError, CompatibilityError, KVError, WireError
+from kvferry.errors import AuthenticationError, CompatibilityError, KVError, TransferTimeout, WireError
 from kvferry.transfer import TransferEngine
 from kvferry.transfer.peer import Peer
 from kvferry.transport.base import BlockList, Region
 from kvferry.wire import Codec, TensorMeta
 
 ANSWER_S = 5.0
+PORT_S = 1.0
 _codec: Codec[Any] = Codec()
 
 
@@ -60,7 +61,14 @@ class Prober:
         return {"region": region.region_id}
 
     async def do_connect(self, address: str, deadline_s: float) -> dict[str, Any]:
-        self._peer = await self._own.connect(address, deadline_s=deadline_s)
+        try:
+            self._peer = await self._own.connect(address, deadline_s=deadline_s)
+        except TransferTimeout as e:
+            if not await _takes_connections(address):
+                raise
+            why = "its port takes connections, and what follows does not come through: is the process stopped, is it "
+            why += "another server, is the path's MTU smaller than both ends believe?"
+            return {"ok": False, "step": "handshake", "detail": f"{e.message}; {why}"}
         ways = self._own.explain(self._peer)
         return {"ways": [{"scheme": w.scheme, "usable": w.usable, "why": w.why} for w in ways]}
 
@@ -71,10 +79,13 @@ class Prober:
         straight = np.arange(nbytes // block_bytes, dtype=np.int64) * block_bytes
         blocks = BlockList(self._remote.regions[region], target, order.astype(np.int64), straight, block_bytes)
         # The first read touches fresh memory; the second is the one that is measured.
-        for _ in range(2):
-            done = await self._own.read(self._remote, blocks, deadline_s=deadline_s)
-        expected = _random(nbytes, seed).reshape(-1, block_bytes)[order // block_bytes]
-        wrong = np.flatnonzero((target.buffer.reshape(-1, block_bytes) != expected).any(axis=1))
+        try:
+            for _ in range(2):
+                done = await self._own.read(self._remote, blocks, deadline_s=deadline_s)
+        except KVError as e:
+            right = nbytes // block_bytes - len(_wrong_blocks(target, order, nbytes, block_bytes, seed))
+            return {"ok": False, "detail": e.message, "right_blocks": right}
+        wrong = _wrong_blocks(target, order, nbytes, block_bytes, seed)
         return {
             "wrong_blocks": len(wrong),
             "first_wrong": int(wrong[0]) if len(wrong) else None,
@@ -121,6 +132,17 @@ class Prober:
             self._echo.set_result(value)
 
 
+async def _takes_connections(address: str) -> bool:
+    host, _, port = address.rpartition("://")[2].rpartition(":")
+    try:
+        async with asyncio.timeout(PORT_S):
+            _, writer = await asyncio.open_connection(host.strip("[]"), int(port))
+    except (OSError, TimeoutError, ValueError):
+        return False
+    writer.close()
+    return True
+
+
 def nested_metadata() -> dict[str, Any]:
     """A value with everything that handoff metadata may hold, several levels deep."""
     table = np.arange(24, dtype=np.int64).reshape(2, 3, 4)
@@ -145,6 +167,12 @@ def same(a: Any, b: Any) -> bool:
     if isinstance(a, list | tuple) and isinstance(b, list | tuple):
         return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
     return type(a) is type(b) and bool(a == b)
+
+
+def _wrong_blocks(target: Region, order: Any, nbytes: int, block_bytes: int, seed: int) -> Any:
+    """Which blocks are not those that were filled in on the other side, in the order that they were read in."""
+    expected = _random(nbytes, seed).reshape(-1, block_bytes)[order // block_bytes]
+    return np.flatnonzero((target.buffer.reshape(-1, block_bytes) != expected).any(axis=1))
 
 
 def _plain(meta: TensorMeta) -> Any:

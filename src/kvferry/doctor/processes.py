@@ -43,6 +43,7 @@ def look_at(process: psutil.Process) -> Process:
         memlock_bytes=memlock,
         shm_total_bytes=shm_total,
         shm_free_bytes=shm_free,
+        pid_namespace=_namespace(process.pid, "pid"),
     )
 
 
@@ -76,8 +77,12 @@ def interfaces() -> dict[str, tuple[str, ...]]:
 
 def network_namespace(pid: int | str) -> str:
     """The identity of a process's network namespace, such as `net:[4026531840]`; empty where it may not be read."""
+    return _namespace(pid, "net")
+
+
+def _namespace(pid: int | str, kind: str) -> str:
     try:
-        return str(Path(f"/proc/{pid}/ns/net").readlink())
+        return str(Path(f"/proc/{pid}/ns/{kind}").readlink())
     except OSError:
         return ""
 
@@ -267,14 +272,14 @@ def _reserved_ports() -> tuple[tuple[int, int], ...]:
     out = []
     for run in _read(Path("/proc/sys/net/ipv4/ip_local_reserved_ports")).strip().split(","):
         low, _, high = run.partition("-")
-        if low.isdigit():
-            out.append((int(low), int(high) if high.isdigit() else int(low)))
+        if low.isdecimal():
+            out.append((int(low), int(high) if high.isdecimal() else int(low)))
     return tuple(out)
 
 
 def _numbers(path: str, default: tuple[int, int]) -> tuple[int, int]:
     words = _read(Path(path)).split()
-    return (int(words[0]), int(words[1])) if len(words) == 2 and all(w.isdigit() for w in words) else default
+    return (int(words[0]), int(words[1])) if len(words) == 2 and all(w.isdecimal() for w in words) else default
 
 
 def _meminfo() -> dict[str, int]:
@@ -282,7 +287,7 @@ def _meminfo() -> dict[str, int]:
     for line in _read(Path("/proc/meminfo")).splitlines():
         name, _, rest = line.partition(":")
         words = rest.split()
-        if words and words[0].isdigit():
+        if words and words[0].isdecimal():
             out[name] = int(words[0])
     return out
 

@@ -2,28 +2,37 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import socket
 import subprocess
 import sys
 import time
-import urllib.error
-import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from email.utils import parsedate_to_datetime
+from typing import Literal
+from urllib.parse import urlsplit
 
 import psutil
 
 from kvferry.addresses import is_loopback, is_wildcard
+from kvferry.doctor.asking import connect, ended_after, get
 from kvferry.doctor.case import Case
-from kvferry.doctor.facts import ClockReading, Reach, ReachOutcome, Resolution
+from kvferry.doctor.facts import ClockReading, PrefixCounts, Reach, ReachOutcome, Resolution
 from kvferry.doctor.settings import split_host_port
 
 Job = tuple[str, str, int, str, int | None]
 """Seen from, host, port, purpose, and the pid whose network namespace it is tried from (None: ours)."""
 
+Answers = Literal["yes", "refused", "silent", "unknown"]
+
 CONNECT_S = 1.0
 ANSWER_S = 1.0
+HEALTH_S = 2.0
+_PREFIX_COUNT = {
+    "asked": re.compile(r"^vllm:external_prefix_cache_queries_total(?:\{[^\n]*\})? ([\d.e+]+)$", re.M),
+    "came": re.compile(r"^vllm:external_prefix_cache_hits_total(?:\{[^\n]*\})? ([\d.e+]+)$", re.M),
+}
 _DEFAULT_PORTS = {"etcd": 2379, "redis": 6379, "http": 80, "master": 50051}
 _KINDS = ("etcd", "redis", "http", "https")
 _CONNECT = (
@@ -79,7 +88,7 @@ def _master_jobs(case: Case) -> list[Job]:
     jobs: list[Job] = []
     for side in case.facts.sides:
         host, port = side.environment.get("MASTER_ADDR"), side.environment.get("MASTER_PORT", "29500")
-        if host and port.isdigit() and not is_wildcard(host):
+        if host and port.isdecimal() and not is_wildcard(host):
             jobs.append((side.name, host, int(port), "MASTER_ADDR", _foreign(case, side.process)))
     return jobs
 
@@ -127,7 +136,7 @@ def _try(seen_from: str, host: str, port: int, purpose: str, inside: int | None)
 
 def _connect(host: str, port: int) -> tuple[ReachOutcome, str]:
     try:
-        with socket.create_connection((host, port), CONNECT_S) as s:
+        with connect(host, port, CONNECT_S) as s:
             return "open", s.getpeername()[0]
     except socket.gaierror:
         return "unresolved", ""
@@ -135,7 +144,7 @@ def _connect(host: str, port: int) -> tuple[ReachOutcome, str]:
         return "timeout", ""
     except ConnectionRefusedError:
         return "refused", ""
-    except (OSError, OverflowError):
+    except OSError:
         return "unreachable", ""
 
 
@@ -168,35 +177,29 @@ def ask(kind: str, host: str, port: int) -> str:
         path = "/version" if kind == "etcd" else "/metadata?key=kvferry-doctor"
         request = f"GET {path} HTTP/1.0\r\nHost: {host}\r\n\r\n".encode()
         expected = (b"HTTP/",)
-    try:
-        with socket.create_connection((host, port), CONNECT_S) as s:
-            s.settimeout(ANSWER_S)
-            s.sendall(request)
-            answer = s.recv(512)
-    except TimeoutError:
-        return "silent"
-    except OSError:
-        return "silent"
+    answer = _answer(host, port, request, 512)
     if not answer:
         return "silent"
     if not answer.startswith(expected):
         return answer.splitlines()[0][:80].decode(errors="replace")
-    if kind == "etcd" and b"etcd" not in answer and b"etcd" not in _rest(host, port, request):
+    if kind == "etcd" and b"etcd" not in answer and b"etcd" not in _answer(host, port, request, 8192):
         return "HTTP, but not as etcd"
     return "ok"
 
 
-def _rest(host: str, port: int, request: bytes) -> bytes:
+def _answer(host: str, port: int, request: bytes, size: int) -> bytes:
+    """What comes back within ANSWER_S, up to its end or `size` bytes; for few bytes one part of it is enough."""
+    body = b""
     try:
-        with socket.create_connection((host, port), CONNECT_S) as s:
-            s.settimeout(ANSWER_S)
+        with connect(host, port, CONNECT_S) as s, ended_after(s, ANSWER_S):
             s.sendall(request)
-            body = b""
-            while len(body) < 8192 and (part := s.recv(4096)):
+            while len(body) < size and (part := s.recv(4096)):
                 body += part
-            return body
+                if size <= 512:
+                    break
     except OSError:
-        return b""
+        pass
+    return body
 
 
 def _stopped_owner(host: str, port: int) -> str:
@@ -222,7 +225,7 @@ def gather_resolutions(case: Case) -> tuple[Resolution, ...]:
         h
         for s in case.facts.sides
         for h in (s.environment.get("MASTER_ADDR"), s.environment.get("VLLM_HOST_IP"), *case.addresses[s.name].values())
-        if h and not h.replace(".", "").isdigit() and ":" not in h and h != "localhost"
+        if h and not h.replace(".", "").isdecimal() and ":" not in h and h != "localhost"
     }
     out = []
     for name in sorted(names):
@@ -234,22 +237,51 @@ def gather_resolutions(case: Case) -> tuple[Resolution, ...]:
 
 def gather_clocks(urls: dict[str, str]) -> tuple[ClockReading, ...]:
     """Read the Date header of each URL (by name). Who does not answer has no reading."""
+    readings = (ask_health(name, url)[1] for name, url in urls.items())
+    return tuple(r for r in readings if r is not None)
+
+
+def ask_health(name: str, url: str) -> tuple[Answers, ClockReading | None]:
+    """Whether the HTTP server of an instance answers, and its clock where it tells.
+
+    `silent` means that connections are taken and nothing is said on them; `unknown` that it cannot be reached from
+    here, which tells nothing of it.
+    """
+    before = time.time()
+    try:
+        answer = get(url.rstrip("/") + "/health", HEALTH_S)
+    except ConnectionRefusedError:
+        return "refused", None
+    except TimeoutError:
+        return ("silent" if _takes_connections(url) else "unknown"), None
+    except (OSError, ValueError):
+        return "unknown", None
+    middle = (before + time.time()) / 2
+    try:
+        told = parsedate_to_datetime(answer.date).timestamp() if answer.date else None
+    except ValueError:
+        told = None
+    # The header has whole seconds, cut off: half a second is the best guess for the rest.
+    return "yes", None if told is None else ClockReading(name, url, told + 0.5 - middle)
+
+
+def gather_prefix_counts(urls: dict[str, str]) -> tuple[PrefixCounts, ...]:
+    """Ask vLLM's /metrics (by name) what its connector was asked for. Versions that do not count it give none."""
     out = []
     for name, url in urls.items():
-        before = time.time()
         try:
-            with urllib.request.urlopen(url.rstrip("/") + "/health", timeout=CONNECT_S) as answer:
-                date = answer.headers.get("Date")
-        except urllib.error.HTTPError as e:
-            date = e.headers.get("Date")
+            text = get(url.rstrip("/") + "/metrics", HEALTH_S).body.decode(errors="replace")
         except (OSError, ValueError):
             continue
-        middle = (before + time.time()) / 2
-        try:
-            told = parsedate_to_datetime(date).timestamp() if date else None
-        except ValueError:
-            told = None
-        if told is not None:
-            # The header has whole seconds, cut off: half a second is the best guess for the rest.
-            out.append(ClockReading(name, url, told + 0.5 - middle))
+        sums = {k: sum(float(m[1]) for m in _PREFIX_COUNT[k].finditer(text)) for k in _PREFIX_COUNT}
+        if all(_PREFIX_COUNT[k].search(text) for k in _PREFIX_COUNT):
+            out.append(PrefixCounts(name, int(sums["asked"]), int(sums["came"])))
     return tuple(out)
+
+
+def _takes_connections(url: str) -> bool:
+    parts = urlsplit(url)
+    try:
+        return _connect(parts.hostname or "", parts.port or 80)[0] == "open"
+    except ValueError:
+        return False

@@ -39,7 +39,10 @@ def probe_transports(facts: Facts) -> tuple[ProbeStep, ...]:
     steps: list[ProbeStep] = []
     transports = facts.kvferry.transfer.transports if facts.kvferry is not None else DEFAULT_TRANSPORTS
     secret = secrets.token_hex(32)
-    keys = [_secret(side, facts.kvferry) or secret for side in (source, target)]
+    try:
+        keys = [_secret(side, facts.kvferry) or secret for side in (source, target)]
+    except ConfigError as e:
+        return (ProbeStep("settings", "bind", False, e.message),)
     apart = source is not None and target is not None and _apart(source, target, facts)
     for transport in transports:
         if (transport != "tcp" and apart) or (transport == "cuda" and not _has_gpu()):
@@ -70,7 +73,9 @@ def _one(transport: str, a: _Child, b: _Child, keys: list[str], listen: tuple[st
     read = {"region": region.get("region"), "nbytes": PROBE_BYTES, "block_bytes": BLOCK_BYTES, "seed": 7}
     answer = b.ask(do="read", deadline_s=READ_S, **read)
     if not answer["ok"]:
-        yield ProbeStep(transport, "transfer", False, f"{b.name}: {answer['detail']}")
+        arrived = answer.get("right_blocks")
+        far = "" if arrived is None else f"; {arrived} of {PROBE_BYTES // BLOCK_BYTES} blocks had arrived"
+        yield ProbeStep(transport, "transfer", False, f"{b.name}: {answer['detail']}{far}")
         return
     seconds = float(answer["duration_s"])
     speed = f"{PROBE_BYTES / seconds / 1e9:.2f} GB/s" if seconds else ""
@@ -156,13 +161,10 @@ def _listen(side: Side | None, facts: Facts) -> str:
 
 def _secret(side: Side | None, settings: Settings | None) -> str | None:
     """The cluster secret that a side's own environment holds, else that of the settings file, as hexadecimal digits."""
-    try:
-        if side is not None and any(k.startswith("KVFERRY_CLUSTER_SECRET") for k in side.environment):
-            theirs = {k: v for k, v in side.environment.items() if k.startswith("KVFERRY_CLUSTER_SECRET")}
-            settings = load(None, theirs)
-        found = cluster_secret(settings) if settings is not None else None
-    except ConfigError:
-        return None
+    if side is not None and any(k.startswith("KVFERRY_CLUSTER_SECRET") for k in side.environment):
+        theirs = {k: v for k, v in side.environment.items() if k.startswith("KVFERRY_CLUSTER_SECRET")}
+        settings = load(None, theirs)
+    found = cluster_secret(settings) if settings is not None else None
     return found.hex() if found else None
 
 

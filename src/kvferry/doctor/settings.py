@@ -171,7 +171,7 @@ def parse_command(command: tuple[str, ...]) -> tuple[dict[str, str], str | None]
 
 
 def _is_number(text: str) -> bool:
-    return text.lstrip("-").replace(".", "", 1).isdigit()
+    return text.lstrip("-").replace(".", "", 1).isdecimal()
 
 
 def engine_of(command: tuple[str, ...]) -> Engine:
@@ -191,7 +191,7 @@ def _transfer(flags: Mapping[str, str]) -> tuple[Transfer | None, str | None]:
     if text is not None:
         try:
             decoded = msgspec.json.decode(text)
-        except msgspec.DecodeError as e:
+        except (msgspec.DecodeError, RecursionError) as e:
             return None, f"{text!r} is not JSON ({e})"
         if not isinstance(decoded, dict):
             return None, f"{text!r} is not a JSON object"
@@ -207,14 +207,17 @@ def _transfer(flags: Mapping[str, str]) -> tuple[Transfer | None, str | None]:
 def _set_dotted(raw: dict[str, Any], path: str, value: str) -> None:
     keys = path.replace("-", "_").split(".")
     for key in keys[:-1]:
-        raw = raw.setdefault(key, {})
+        if not isinstance(raw.get(key), dict):
+            raw[key] = {}
+        raw = raw[key]
     leaf = keys[-1]
     try:
         decoded = msgspec.json.decode(value)
-    except msgspec.DecodeError:
+    except (msgspec.DecodeError, RecursionError):
         decoded = value
     if leaf.endswith("+"):
-        raw.setdefault(leaf[:-1], []).append(decoded)
+        earlier = raw.get(leaf[:-1])
+        raw[leaf[:-1]] = [*(earlier if isinstance(earlier, list) else ()), decoded]
     else:
         raw[leaf] = decoded
 
@@ -231,11 +234,20 @@ def _parts(raw: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
         yield name, raw
 
 
+def json_object(text: str) -> dict[str, Any] | None:
+    """A JSON object, or None where the text is none."""
+    try:
+        decoded = msgspec.json.decode(text)
+    except (msgspec.DecodeError, RecursionError):
+        return None
+    return decoded if isinstance(decoded, dict) else None
+
+
 def as_int(text: Any) -> int | None:
     """An integer, or None where the text is none."""
     try:
         return int(text)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return None
 
 

@@ -23,6 +23,7 @@ import psutil
 from kvferry.doctor import Finding, examine, gather
 
 INSTANCE = Path(__file__).with_name("instance.py")
+BOX = Path(__file__).with_name("middle_box.py")
 MODEL = "Qwen/Qwen3-0.6B"
 PORTS = range(20000, 30000)
 
@@ -38,6 +39,7 @@ class Spec:
     limits: dict[int, int] = field(default_factory=dict)
     ahead_s: float = 0.0
     open_files: int = 0
+    answer: str = ""
     by_script: bool = False
 
     def flag(self, name: str, value: str | None) -> Spec:
@@ -108,7 +110,8 @@ class Bench:
             for which, value in spec.limits.items():
                 resource.setrlimit(which, (value, value))
 
-        command = [sys.executable, "-S", str(INSTANCE), " ".join(spec.listens), str(spec.ahead_s), str(spec.open_files)]
+        command = [sys.executable, "-S", str(INSTANCE), " ".join(spec.listens)]
+        command += [str(spec.ahead_s), str(spec.open_files), spec.answer]
         command = [*spec.prefix, *command, "--", *spec.args]
         if spec.by_script:
             script = self.file(f"start-{len(self.processes)}.sh", shlex.join(command) + "\nexit $?\n")
@@ -163,6 +166,23 @@ class Bench:
         for i, name in enumerate(names, 1):
             _ip("-n", name, "addr", "add", f"10.77.0.{i}/24", "dev", "veth0")
             _ip("-n", name, "link", "set", "veth0", "up")
+            _ip("-n", name, "link", "set", "lo", "up")
+        return (["nsenter", f"--net=/run/netns/{names[0]}"], ["nsenter", f"--net=/run/netns/{names[1]}"])
+
+    def two_hosts_apart(self, mode: str) -> tuple[list[str], list[str]]:
+        """Two hosts as `two_hosts` makes them, with a middle box between (see middle_box.py for its modes)."""
+        tag = f"{os.getpid() % 10000}{self.random.randrange(1000)}"
+        names = [f"kvf{tag}{x}" for x in "ab"]
+        for name in names:
+            _ip("netns", "add", name)
+            self.undo.append(lambda name=name: _ip("netns", "del", name))
+        box = subprocess.Popen([sys.executable, "-S", str(BOX), *names, mode], stdout=subprocess.PIPE, text=True)
+        self.processes.append(box)
+        assert box.stdout is not None
+        assert box.stdout.readline() == "ready\n"
+        for i, name in enumerate(names, 1):
+            _ip("-n", name, "addr", "add", f"10.77.0.{i}/24", "dev", "net0")
+            _ip("-n", name, "link", "set", "net0", "up", "mtu", "60000")
             _ip("-n", name, "link", "set", "lo", "up")
         return (["nsenter", f"--net=/run/netns/{names[0]}"], ["nsenter", f"--net=/run/netns/{names[1]}"])
 
@@ -238,6 +258,15 @@ def change_json(path: str, **changes: Any) -> None:
     Path(path).write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
 
 
+def on_two_hosts(hosts: tuple[list[str], list[str]], p: Spec, d: Spec) -> tuple[Spec, Spec]:
+    """Put prefill and decode on 10.77.0.1 and 10.77.0.2, each listening on all and telling its own address."""
+    for i, (spec, prefix) in enumerate(zip((p, d), hosts, strict=True), 1):
+        spec.prefix = prefix
+        spec.env["VLLM_NIXL_SIDE_CHANNEL_HOST"] = f"10.77.0.{i}"
+        spec.listens = [x.replace("127.0.0.1", "0.0.0.0") for x in spec.listens]
+    return p, d
+
+
 def run(bench: Bench, p: Spec, d: Spec, **inputs: Any) -> list[Finding]:
     """Start both and examine them by pid."""
     return bench.examine(prefill=[bench.start(p)], decode=[bench.start(d)], **inputs)
@@ -245,7 +274,8 @@ def run(bench: Bench, p: Spec, d: Spec, **inputs: Any) -> list[Finding]:
 
 def can_make_namespaces() -> bool:
     """Whether this machine lets us make network and mount namespaces."""
-    if os.geteuid() != 0 or not all(shutil.which(t) for t in ("ip", "nsenter", "unshare")):
+    tools = all(shutil.which(t) for t in ("ip", "nsenter", "unshare"))
+    if os.geteuid() != 0 or not tools or not Path("/dev/net/tun").exists():
         return False
     return subprocess.run(["unshare", "-n", "-m", "true"], capture_output=True, check=False).returncode == 0
 

@@ -4,11 +4,20 @@ from __future__ import annotations
 
 import msgspec
 
-from catalogue.bench import Bench, nixl
-from catalogue.router import FINGERPRINT, Fleet, ask_doctor, probe, run_requests, start_proxy, start_router, view
+from catalogue.bench import Bench, nixl, run
+from catalogue.router import (
+    FINGERPRINT,
+    Fleet,
+    ask_doctor,
+    probe,
+    run_requests,
+    start_proxy,
+    start_router,
+    view,
+    wait_for_instances,
+)
 from catalogue.table import fault, healthy
-from kvferry.doctor import Facts, Finding, examine, gather
-from kvferry.doctor.rendezvous import probe_transports
+from kvferry.doctor import Finding
 from kvferry.types import TerminalState
 
 HANDOFF = "0123456789abcdef0123456789abcdef"
@@ -33,11 +42,6 @@ def router_whose_requests_are_delivered(bench: Bench) -> list[Finding]:
     url = start_router(bench)
     run_requests(bench, url, TerminalState.DELIVERED, "", 5)
     return ask_doctor(url)
-
-
-@healthy
-def shm_and_tcp_between_two_processes(bench: Bench) -> list[Finding]:
-    return examine(Facts(probe=probe_transports(Facts())))
 
 
 @fault("KVF100", "every request is refused")
@@ -136,6 +140,84 @@ def everything_is_recomputed(bench: Bench) -> list[Finding]:
     return ask_doctor(url)
 
 
+@fault("KVF111", "answers are right and slow, the proxy is another connector's")
+def decode_never_fetches(bench: Bench) -> list[Finding]:
+    p, d = nixl(bench)
+    d.answer = _counted(asked=4096, came=0)
+    return run(bench, p, d)
+
+
+@healthy
+def decode_that_fetches(bench: Bench) -> list[Finding]:
+    p, d = nixl(bench)
+    d.answer = _counted(asked=4096, came=4080)
+    return run(bench, p, d)
+
+
+def _counted(*, asked: int, came: int) -> str:
+    """What vLLM's /metrics says of its connector."""
+    labels = '{engine="0",model_name="m"}'
+    return (
+        f"vllm:external_prefix_cache_queries_total{labels} {float(asked)}\n"
+        f"vllm:external_prefix_cache_hits_total{labels} {float(came)}\n"
+    )
+
+
+@fault("KVF114", "requests to one instance hang until its lease ends")
+def a_registered_instance_was_killed(bench: Bench) -> list[Finding]:
+    url = start_router(bench)
+    fleet = Fleet(bench, url)
+    fleet.join("prefill-0", "prefill", url=f"http://127.0.0.1:{bench.port()}")
+    fleet.join("decode-0", "decode")
+    return ask_doctor(url)
+
+
+@fault("KVF114", "requests to one instance hang though it is registered")
+def a_registered_instance_is_stopped(bench: Bench) -> list[Finding]:
+    url = start_router(bench)
+    fleet = Fleet(bench, url)
+    fleet.join("prefill-0", "prefill")
+    fleet.join("decode-0", "decode", url=f"http://127.0.0.1:{bench.server('http', stopped=True)}")
+    return ask_doctor(url)
+
+
+@fault("KVF115", "now and then a request is late")
+def one_handoff_did_not_deliver(bench: Bench) -> list[Finding]:
+    url = start_router(bench)
+    run_requests(bench, url, TerminalState.DELIVERED, "", 4)
+    run_requests(bench, url, TerminalState.RECOMPUTED, "lease_expired", 1)
+    return ask_doctor(url)
+
+
+@fault("KVF107", "stuck in drop_select while prefill is overloaded")
+def the_prefill_request_queues(bench: Bench) -> list[Finding]:
+    url = start_router(bench)
+    fleet = Fleet(bench, url)
+    fleet.join("prefill-0", "prefill", running=16, waiting=40)
+    fleet.join("decode-0", "decode", handoffs=(view(HANDOFF, "target", "waiting", 8.0, "prefill-0"),))
+    return ask_doctor(url)
+
+
+@fault("KVF107", "decode has no room for what prefill offers")
+def decode_waits_for_its_own_blocks(bench: Bench) -> list[Finding]:
+    url = start_router(bench)
+    fleet = Fleet(bench, url)
+    fleet.join("prefill-0", "prefill", handoffs=(view(HANDOFF, "source", "sealed", 8.0, "decode-0"),))
+    waiting = (view(HANDOFF, "target", "reserving", 8.0, "prefill-0"),)
+    fleet.join("decode-0", "decode", handoffs=waiting, free_blocks=2, running=3)
+    return ask_doctor(url)
+
+
+@fault("KVF003", "right answers, and every prefill is thrown away")
+def a_polled_prefill_has_no_connector(bench: Bench) -> list[Finding]:
+    p, _ = nixl(bench)
+    bench.start(p.flag("--kv-transfer-config", None))
+    url = start_router(bench, "--prefill", f"http://{p.listens[0]}")
+    Fleet(bench, url).join("decode-0", "decode")
+    wait_for_instances(url, 2)
+    return ask_doctor(url)
+
+
 @fault("KVF113", "no pair is ever chosen")
 def fingerprints_differ(bench: Bench) -> list[Finding]:
     url = start_router(bench)
@@ -143,31 +225,6 @@ def fingerprints_differ(bench: Bench) -> list[Finding]:
     fleet.join("prefill-0", "prefill")
     fleet.join("decode-0", "decode", fingerprint=msgspec.structs.replace(FINGERPRINT, dtype="float32"))
     return ask_doctor(url)
-
-
-@fault("KVF087", "connections come and go, nothing is handed over", also=("KVF122",))
-def the_sides_have_different_secrets(bench: Bench) -> list[Finding]:
-    files = []
-    for i, side in enumerate("pd"):
-        text = f"KVFERRY_CLUSTER_SECRET={side * 32}\nCOMMAND=kvferry engine --port {bench.port()}\n"
-        files.append(bench.file(f"{i}.env", text))
-    facts = gather(prefill=files[:1], decode=files[1:], offline=True)
-    return examine(msgspec.structs.replace(facts, probe=probe_transports(facts)))
-
-
-@fault("KVF121", "packets between the hosts vanish", needs="root", also=("KVF032",))
-def the_probe_finds_no_way_between_hosts(bench: Bench) -> list[Finding]:
-    import subprocess
-
-    (a, b), (p, d) = bench.two_hosts(), nixl(bench)
-    for spec, prefix, host in ((p, a, "10.77.0.1"), (d, b, "10.77.0.2")):
-        spec.prefix = prefix
-        spec.env["VLLM_NIXL_SIDE_CHANNEL_HOST"] = host
-        spec.listens = [x.replace("127.0.0.1", "0.0.0.0") for x in spec.listens]
-    pids = bench.start(p), bench.start(d)
-    facts = gather(prefill=[pids[0]], decode=[pids[1]], offline=True)
-    subprocess.run([*b, "ip", "route", "del", "10.77.0.0/24"], check=True)
-    return examine(msgspec.structs.replace(facts, probe=probe_transports(facts)))
 
 
 @fault("KVF088", "requests wait for a pair that never forms")

@@ -1,8 +1,8 @@
-"""A stand-in for an instance: listens where it is told, answers anything with an empty 200, and waits to be ended.
+"""A stand-in for an instance: listens where it is told, answers everything with one body, and waits to be ended.
 
 Its command line, environment, sockets, limits and namespaces are real, and those are what the doctor reads.
 
-    python instance.py ["host:port ..."] [seconds ahead] [open files] -- vllm serve ...
+    python instance.py ["host:port ..."] [seconds ahead] [open files] [body] -- vllm serve ...
 """
 
 import contextlib
@@ -23,6 +23,7 @@ for place in sys.argv[1].split():
     listeners.append(listener)
 ahead = float(sys.argv[2])
 held = [os.open(os.devnull, os.O_RDONLY) for _ in range(int(sys.argv[3]))]
+body = sys.argv[4].encode()
 sys.stdout.write("ready\n")
 sys.stdout.flush()
 while True:
@@ -32,4 +33,6 @@ while True:
             connection.settimeout(0.5)
             connection.recv(4096)
             date = email.utils.formatdate(time.time() + ahead, usegmt=True)
-            connection.sendall(f"HTTP/1.0 200 OK\r\nDate: {date}\r\nContent-Length: 0\r\n\r\n".encode())
+            connection.sendall(
+                f"HTTP/1.0 200 OK\r\nDate: {date}\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body
+            )

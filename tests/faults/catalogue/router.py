@@ -6,6 +6,7 @@ import http.client
 import subprocess
 import sys
 import threading
+import time
 import urllib.request
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Literal
@@ -26,10 +27,10 @@ FINGERPRINT = Fingerprint(MODEL, "bfloat16", 16, 2, 2, 8)
 Mode = Literal["plain", "mangle", "buffer", "drop", "status"]
 
 
-def start_router(bench: Bench) -> str:
+def start_router(bench: Bench, *more: str) -> str:
     """A router of its own process; its URL."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "kvferry.cli", "router", "--port", "0"],
+        [sys.executable, "-m", "kvferry.cli", "router", "--port", "0", *more],
         cwd=bench.directory,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
@@ -43,6 +44,17 @@ def start_router(bench: Bench) -> str:
     raise AssertionError("the router did not start")
 
 
+def wait_for_instances(url: str, count: int) -> None:
+    """Until so many are in the router's table."""
+    end = time.monotonic() + 20
+    while time.monotonic() < end:
+        with urllib.request.urlopen(url + "/kvferry/v1/instances", timeout=5) as answer:
+            if len(msgspec.json.decode(answer.read())["instances"]) >= count:
+                return
+        time.sleep(0.05)
+    raise AssertionError(f"there are no {count} instances")
+
+
 class Fleet:
     """Stand-in instances that report to a router again and again until the bench ends."""
 
@@ -52,17 +64,19 @@ class Fleet:
         self._moving: set[str] = set()
         self._end = threading.Event()
         self._lock = threading.Lock()
+        self._http = EchoServer("127.0.0.1", lambda request: None)
+        self._http.__enter__()
         self._thread = threading.Thread(target=self._beat)
         self._thread.start()
         bench.undo.append(self._stop)
 
-    def join(self, name: str, role: Role, *, url: str = "http://127.0.0.1:9", moving: bool = True, **more: Any) -> None:
-        """Register an instance; `moving` ones count a step with each report."""
+    def join(self, name: str, role: Role, *, url: str = "", moving: bool = True, **more: Any) -> None:
+        """Register an instance; `moving` ones count a step with each report. Without a `url` our server is its."""
         report = InstanceReport(
             instance_id=name,
             incarnation=int(new_incarnation()),
             role=role,
-            url=url,
+            url=url or self._http.url,
             model=MODEL,
             addresses=("tcp://127.0.0.1:9",),
             engine="stand-in",
@@ -90,6 +104,7 @@ class Fleet:
     def _stop(self) -> None:
         self._end.set()
         self._thread.join()
+        self._http.__exit__()
 
 
 def post(url: str, body: Any) -> None:

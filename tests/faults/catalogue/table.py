@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, overload
 
 from catalogue.bench import Bench
 from kvferry.doctor import Finding
@@ -26,7 +26,6 @@ class Fault(NamedTuple):
 
 
 FAULTS: dict[str, Fault] = {}
-HEALTHY: dict[str, Build] = {}
 
 
 def fault(expected: str, symptom: str, *, also: tuple[str, ...] = (), needs: str = "") -> Callable[[Build], Build]:
@@ -41,7 +40,29 @@ def fault(expected: str, symptom: str, *, also: tuple[str, ...] = (), needs: str
     return register
 
 
-def healthy(build: Build) -> Build:
-    """Register a healthy cluster: the doctor must find nothing at all."""
-    HEALTHY[build.__name__.replace("_", " ")] = build
-    return build
+class Healthy(NamedTuple):
+    """One healthy cluster: the doctor must find nothing at all. `needs` as for a fault."""
+
+    build: Build
+    needs: str = ""
+
+
+HEALTHY: dict[str, Healthy] = {}
+
+
+@overload
+def healthy(build: Build, /) -> Build: ...
+
+
+@overload
+def healthy(*, needs: str) -> Callable[[Build], Build]: ...
+
+
+def healthy(build: Build | None = None, /, *, needs: str = "") -> Build | Callable[[Build], Build]:
+    """Register a healthy cluster, as `@healthy` or `@healthy(needs="root")`."""
+
+    def register(build: Build) -> Build:
+        HEALTHY[build.__name__.replace("_", " ")] = Healthy(build, needs)
+        return build
+
+    return register if build is None else register(build)

@@ -7,7 +7,7 @@ import io
 from rich.console import Console
 
 from kvferry.cluster.live import Picture, _as_line, draw
-from kvferry.cluster.router_view import EndedRequest, InstanceRow, OpenRequest, Requests
+from kvferry.cluster.router_view import EndedRequest, HandoffRow, InstanceRow, OpenRequest, Requests
 from kvferry.types import TerminalState
 
 ENDED = EndedRequest(
@@ -41,6 +41,24 @@ def test_instances_and_requests_are_shown():
         assert part in text, part
 
 
+def test_open_handoffs_show_both_sides_and_how_far_they_are():
+    rows = [
+        HandoffRow("decode-0", "ab" * 16, "target", "waiting", 8.0, 22.0, "prefill-0", "0 runs pulled of 0 known", 0.5),
+        HandoffRow("prefill-0", "ab" * 16, "source", "open", 7.9, 22.1, "d1", "0 runs published"),
+        HandoffRow("decode-0", "cd" * 16, "target", "pulling", 1.0, 29.0, "prefill-1", "3 runs pulled of 9 known"),
+        HandoffRow("prefill-0", "ef" * 16, "source", "sealed", 0.5, 29.5, "d1", "9 runs published, not subscribed"),
+    ]
+    lines = drawn(Picture("http://r", [instance("decode-0")], Requests(handoffs=rows))).splitlines()
+    both, lone, early = (
+        next(x for x in lines if x.startswith(h)) for h in ("abababababab", "cdcdcdcdcdcd", "efefefefefef")
+    )
+    for part in ("prefill-0 open", "decode-0 waiting", "8.5 s", "21.5 s", "0 runs pulled of 0 known"):
+        assert part in both, part
+    assert "prefill-1 not known there" in lone and "decode-0 pulling" in lone
+    assert "not subscribed" in early and "prefill-0 sealed" in early
+    assert lines.index(both) < lines.index(lone)
+
+
 def test_trouble_is_shown():
     text = drawn(
         Picture(
@@ -55,8 +73,10 @@ def test_trouble_is_shown():
 def test_the_table_stays_within_the_screen():
     recent = [ENDED] * 50
     for height in (15, 24, 60):
-        text = drawn(Picture("http://r", [instance(f"i{n}") for n in range(3)], Requests([], recent)), height)
-        assert len(text.splitlines()) <= height
+        handoffs = [HandoffRow("d", f"{i:032x}", "target", "waiting", 1.0, 2.0) for i in range(20)]
+        for requests in (Requests([], recent), Requests([], recent, handoffs)):
+            text = drawn(Picture("http://r", [instance(f"i{n}") for n in range(3)], requests), height)
+            assert len(text.splitlines()) <= height
     assert "none yet" in drawn(Picture("http://r"))
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from kvferry.doctor.findings import catalogue
 from kvferry.doctor.log_lines import parse_time, request_of
-from kvferry.doctor.log_rules import Rule, rules
+from kvferry.doctor.log_rules import Rule, candidates, literals_of, rules
 from kvferry.doctor.logs import parse_lines, tell
 
 ALL = [rule for rule, _ in rules()]
@@ -16,9 +16,38 @@ ALL = [rule for rule, _ in rules()]
 
 @pytest.mark.parametrize("rule", ALL, ids=[r.id for r in ALL])
 def test_the_sample_of_a_rule_tells_its_finding_and_no_other(rule: Rule) -> None:
-    told = {f.finding for f in tell(parse_lines([rule.sample], "x.log", 2026)).findings}
+    told = {f.finding for f in tell(parse_lines([rule.sample], f"{rule.side or 'x'}.log", 2026)).findings}
     assert told == ({rule.finding} if rule.finding else set())
     assert re.search(rule.pattern, rule.sample)
+
+
+@pytest.mark.parametrize("rule", ALL, ids=[r.id for r in ALL])
+def test_the_words_that_lines_are_searched_for_first_do_not_hide_a_rules_own_line(rule: Rule) -> None:
+    assert ALL.index(rule) in candidates(rule.sample)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "words"),
+    [
+        ("plain words", ("plain words",)),
+        ("[Aa]ddress in use|EADDRINUSE", ("ddress in use", "EADDRINUSE")),
+        (r"(a|b) engine \d+ died", (" engine ",)),
+        ("compat(ibility)?_hash", ("compat",)),
+        ("is still? there", ("is stil",)),
+        (r"Engine \(pid", ("Engine (pid",)),
+        (r"Connection refused(?! by policy)", ("Connection refused",)),
+        ("(one|other) (a|b)", ()),
+        ("long enough|abc", ()),
+    ],
+)
+def test_words_of_a_pattern_are_in_all_that_it_matches(pattern: str, words: tuple[str, ...]) -> None:
+    assert literals_of(pattern) == words
+
+
+def test_a_rule_of_one_side_says_nothing_of_the_other() -> None:
+    line = "INFO 11-22 10:00:00 [loggers.py:259] Engine 000: External prefix cache hit rate: 0.0%"
+    assert [f.finding for f in tell(parse_lines([line], "decode.log", 2026)).findings] == ["KVF210"]
+    assert tell(parse_lines([line], "prefill.log", 2026)).findings == ()
 
 
 def test_every_rule_has_a_finding_or_a_stage_and_ids_are_unique() -> None:
@@ -57,6 +86,8 @@ def test_a_traceback_has_the_time_of_the_line_before_it() -> None:
         ("Added request cmpl-035fe306-0.", "cmpl-035fe306"),
         ("Releasing expired KV blocks for request chatcmpl-77aa which were", "chatcmpl-77aa"),
         ("request ended  request=r-17 state=delivered", "r-17"),
+        ("request ended  request=r-17 state=delivered handoff=4f0e11aa", "4f0e11aa"),
+        ("handoff 5e5591bd7f214e35b23adf0cbd620f19 refused at the source: closed", "5e5591bd7f214e35b23adf0cbd620f19"),
         ("nothing here", None),
     ],
 )

@@ -63,7 +63,7 @@ def vllm_port(case: Case) -> Iterator[Finding]:
             together = host is not None and host == b.environment.get("VLLM_HOST_IP") and not case.spans_nodes
         else:
             together = case.same_node(a, b) is True
-        if together and mine.isdigit():
+        if together and mine.isdecimal():
             yield found(
                 "KVF021",
                 f"{a.name}: VLLM_PORT={mine}; {b.name}: VLLM_PORT={theirs}, on one node",
@@ -162,7 +162,7 @@ def _not_of_this_machine(case: Case, side: Side, key: str, host: str) -> Finding
 
 
 def _is_number(host: str) -> bool:
-    return host.replace(".", "").isdigit() or ":" in host
+    return host.replace(".", "").isdecimal() or ":" in host
 
 
 def _other_evidence_of_two_nodes(case: Case, p: Side, d: Side) -> bool:

@@ -170,14 +170,17 @@ class KnownBad(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     what: str
     fix: str
     connector: str = ""
+    unless: str = ""
 
     def applies(self, side: Side, settings: Settings) -> bool:
         """Whether a side has these versions (and this connector, where one is named)."""
-        if self.connector and self.connector not in settings.connectors:
+        name, _, value = self.unless.partition("=")
+        mended = bool(name) and side.environment.get(name) == value
+        if mended or (self.connector and self.connector not in settings.connectors):
             return False
         return all(
-            name in side.versions and all(_within(side.versions[name], bound) for bound in bounds.split(","))
-            for name, bounds in self.versions.items()
+            n in side.versions and all(_within(side.versions[n], bound) for bound in bounds.split(","))
+            for n, bounds in self.versions.items()
         )
 
 
@@ -250,7 +253,7 @@ def _draft(settings: Settings) -> str:
         return ""
     try:
         config = msgspec.json.decode(text)
-    except msgspec.DecodeError:
+    except (msgspec.DecodeError, RecursionError):
         return text
     method = str(config.get("method", "")) if isinstance(config, dict) else text
     if method in ("ngram", "ngram_gpu", "suffix"):

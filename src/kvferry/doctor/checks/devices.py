@@ -71,7 +71,7 @@ def gpu_lists(case: Case) -> Iterator[Finding]:
 def _invalid(tokens: list[str], num_gpus: int | None) -> str:
     for i, token in enumerate(tokens):
         named = token.startswith(("GPU-", "MIG-"))
-        if not named and not token.isdigit():
+        if not named and not token.isdecimal():
             return f"{token!r} is no GPU number and no UUID"
         if token in tokens[:i]:
             return f"{token} is listed twice"
@@ -111,7 +111,7 @@ def _shown(side: Side) -> str:
 
 
 def _others(mine: list[str], theirs: list[str]) -> str:
-    numbers = [int(t) for t in [*mine, *theirs] if t.isdigit()]
+    numbers = [int(t) for t in [*mine, *theirs] if t.isdecimal()]
     start = max(numbers, default=0) + 1
     return ",".join(str(start + i) for i in range(len(theirs)))
 

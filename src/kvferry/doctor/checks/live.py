@@ -6,12 +6,26 @@ from collections.abc import Iterator
 from typing import Any
 
 from kvferry.doctor.case import Case
+from kvferry.doctor.facts import ProbeStep
 from kvferry.doctor.findings import Finding, found
 
-STUCK_AFTER_S = 2.0
 SILENT_S = 2.5
-RECOMPUTED_SHARE = 0.5
-MIN_OUTCOMES = 4
+MIN_ASKED_TOKENS = 64
+"""Fewer are a warm-up request or a look at the instance itself."""
+_NO_ANSWER = {
+    "refused": "nothing listens there any more, its process has ended",
+    "silent": "it takes connections and says nothing on them, its process is stopped or hangs",
+}
+_STEP_MEND = {
+    "bind": "correct the setting that the message names, or give this node the address again (ip addr)",
+    "connect": "open this way in the firewall or the routes (ip route get ADDRESS on the side that is named), or "
+    "advertise an address that the other side reaches",
+    "handshake": "the same kvferry version and secret on both sides, and nothing between them that rewrites bytes",
+    "transfer": "look for drops between the nodes (ip -s link), a firewall that ends long connections, an MTU that "
+    "does not fit (ping -M do -s 8972 PEER)",
+    "verify": "turn checksum offload off to see which card it is (ethtool -K NAME rx off tx off), replace it; until "
+    "then set transfer.verify_digest = true",
+}
 _STEP_FINDING = {
     "bind": "KVF120",
     "connect": "KVF121",
@@ -20,7 +34,6 @@ _STEP_FINDING = {
     "verify": "KVF124",
     "metadata": "KVF125",
 }
-_WAITING = ("reserving", "waiting", "subscribed", "pulling")
 
 
 def probe(case: Case) -> Iterator[Finding]:
@@ -39,7 +52,19 @@ def probe(case: Case) -> Iterator[Finding]:
             else:
                 yield found("KVF123", f"{step.transport}: {step.detail}{far}")
             continue
-        yield found(_STEP_FINDING[step.step], f"{step.transport}: {step.step} failed: {step.detail}{far}")
+        seen = f"{step.transport}: {step.step} failed: {step.detail}{far}"
+        yield found(_STEP_FINDING[step.step], seen, _mend_of(step))
+
+
+def _mend_of(step: ProbeStep) -> str:
+    if "cluster secret" in step.detail:
+        return "give both sides (and the router) the same KVFERRY_CLUSTER_SECRET, and start them again"
+    if "MTU" in step.detail:
+        return (
+            "if the process runs and is the right one: ping -M do -s 1472 PEER, then with -s 8972; set the MTU of both "
+            "interfaces to what gets through (ip link set dev NAME mtu 1500)"
+        )
+    return _STEP_MEND.get(step.step, "")
 
 
 def router(case: Case) -> Iterator[Finding]:
@@ -59,25 +84,42 @@ def roles(case: Case) -> Iterator[Finding]:
     """KVF105: a role that no registered instance has."""
     if case.facts.router is None:
         return
-    members = _instances(case.facts.router)
+    members = instances_of(case.facts.router)
     for role in ("prefill", "decode"):
         if not any(m.get("role") in (role, "both") for m in members):
             others = f"knows {len(members)} others, none" if members else "knows none"
+            last = _last_seen(case.facts.router, role)
             yield found(
                 "KVF105",
-                f"the router at {case.facts.router_url} {others} for {role}",
-                f"start one: kvferry engine --role {role} with this router's URL",
+                f"the router at {case.facts.router_url} {others} for {role}"
+                + (f"; {last} was one and no longer reports itself" if last else ""),
+                f"look at {last}: did its process end, is it stopped, does it still reach the router? Start it again"
+                if last
+                else f"start one: kvferry engine --role {role} with this router's URL",
             )
 
 
+def _last_seen(state: dict[str, Any], role: str) -> str:
+    """The instance that last had this role in a request, open or ended; empty where none is known."""
+    records = [*(state.get("recent") or ()), *(state.get("requests") or ())]
+    return next((str(r[role]) for r in reversed(records) if r.get(role) and not is_probe(r)), "")
+
+
 def instances(case: Case) -> Iterator[Finding]:
-    """KVF106, KVF109, KVF113: who of the registered stands still, is full, or does not fit."""
+    """KVF003, KVF106, KVF109, KVF113, KVF114: who does not answer, stands still, is full, or cannot hand over."""
     if case.facts.router is None:
         return
-    for m in _instances(case.facts.router):
+    for m in instances_of(case.facts.router):
         still, silent = float(m.get("standstill_s") or 0.0), float(m.get("silent_s") or 0.0)
         busy = m.get("running") or m.get("waiting")
-        if silent > SILENT_S and not m.get("polled"):
+        if m.get("answers") in _NO_ANSWER:
+            yield found(
+                "KVF114",
+                f"{m.get('instance_id')} ({m.get('url')}): {_NO_ANSWER[m['answers']]}; "
+                f"it last reported itself {silent:.1f} s ago",
+                f"kill -CONT it if it is stopped, else read its log's end and start {m.get('instance_id')} again",
+            )
+        elif silent > SILENT_S and not m.get("polled"):
             yield found(
                 "KVF106",
                 f"{m.get('instance_id')} ({m.get('url')}): no heartbeat for {silent:.1f} s",
@@ -96,86 +138,31 @@ def instances(case: Case) -> Iterator[Finding]:
                 f"{m.get('instance_id')}: 0 of {m.get('num_blocks')} blocks free, {m.get('waiting')} requests wait",
                 f"start {m.get('instance_id')} with more blocks, or add an instance of role {m.get('role')}",
             )
+        if m.get("polled") and m.get("role") != "decode" and not m.get("addresses"):
+            yield found(
+                "KVF003",
+                f"{m.get('instance_id')} ({m.get('url')}) answers and has registered no listener for handoffs: "
+                "requests to it are computed and their KV cannot be fetched",
+                f"start {m.get('instance_id')} with KVFerryConnector and this router's URL, or name its listener: "
+                f"router.prefill = {m.get('url')},handoff=tcp://HOST:PORT",
+            )
         for mismatch in m.get("mismatches") or ():
             if m.get("role") != "decode":
                 yield found("KVF113", f"{m.get('instance_id')}: {mismatch}")
 
 
-def handoffs(case: Case) -> Iterator[Finding]:
-    """KVF107, KVF108, KVF110, KVF111: open handoffs that do not move, and how the latest ones ended."""
-    state = case.facts.router
-    if state is None:
-        return
-    members = {m.get("instance_id"): m for m in _instances(state)}
-    pairs = {r.get("handoff"): r for r in state.get("requests") or () if r.get("handoff")}
-    for h in state.get("handoffs") or ():
-        age = float(h.get("age_s") or 0.0)
-        if h.get("side") != "target" or h.get("stage") not in _WAITING or age < STUCK_AFTER_S:
-            continue
-        request = pairs.get(h.get("handoff")) or {}
-        source = request.get("prefill") or h.get("peer") or "an unknown peer"
-        seen = (
-            f"handoff {h.get('handoff')}{_of(request)}: {h.get('instance')} is {h.get('stage')} since {age:.1f} s "
-            f"for {source}, {float(h.get('remaining_s') or 0):.1f} s remain{_detail(h)}"
-        )
-        member = members.get(source)
-        if member is None and source != "an unknown peer":
-            yield found("KVF108", f"{seen}; {source} no longer reports itself", f"start {source} again")
-            continue
-        theirs = _counterpart(state, str(h.get("handoff")))
-        life = f", last heard {float(member['silent_s']):.1f} s ago" if member and "silent_s" in member else ""
-        yield found(
-            "KVF107",
-            f"{seen}; {source}{life}: " + (theirs or "does not list this handoff (its request has not arrived there)"),
-            f"look at {source}: its queue, its log, its serving loop; the request ends by itself at its deadline",
-        )
-    yield from _ended(state)
-
-
-def _of(request: dict[str, Any]) -> str:
-    return f" of request {request['request']}" if request.get("request") else ""
-
-
-def _detail(view: dict[str, Any]) -> str:
-    return f" ({view['detail']})" if view.get("detail") else ""
-
-
-def _counterpart(state: dict[str, Any], handoff: str) -> str:
-    for h in state.get("handoffs") or ():
-        if h.get("handoff") == handoff and h.get("side") == "source":
-            return f"there it is {h.get('stage')}{_detail(h)} since {float(h.get('age_s') or 0):.1f} s"
-    return ""
-
-
-def _is_probe(record: dict[str, Any]) -> bool:
-    """Whether a request was one of the doctor's own."""
-    return str(record.get("model") or "").startswith("kvferry-doctor-")
-
-
-def _ended(state: dict[str, Any]) -> Iterator[Finding]:
-    ended = [r for r in state.get("recent") or () if r.get("state") and not _is_probe(r)]
-    groups: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
-    for r in ended:
-        if r["state"] in ("failed", "recomputed"):
-            key = (r["state"], str(r.get("stage") or "?"), str(r.get("cause") or "?"))
-            groups.setdefault(key, []).append(r)
-    for (kind, stage, cause), requests in groups.items():
-        last = requests[-1]
-        if kind == "failed" and not 400 <= int(last.get("status") or 500) < 500:
-            pair = f"{last.get('prefill') or '?'} to {last.get('decode') or '?'}"
-            detail = f": {last['detail']}" if last.get("detail") else ""
+def fetching(case: Case) -> Iterator[Finding]:
+    """KVF111: vLLM's own counters say that decode's connector never brought a token."""
+    for counts in case.facts.prefix_counts:
+        if counts.asked >= MIN_ASKED_TOKENS and not counts.came:
+            connectors = ", ".join(case.settings[counts.name].connectors)
             yield found(
-                "KVF110",
-                f"{len(requests)} of the last {len(ended)} requests failed at {stage} with {cause} ({pair}){detail}",
+                "KVF111",
+                f"{counts.name}: its connector ({connectors}) was asked for the KV of {counts.asked} prompt tokens and "
+                "brought none (vllm:external_prefix_cache_hits_total is 0)",
+                "use a proxy that is made for this connector: one that hands prefill's kv_transfer_params to decode "
+                "(vLLM's toy_proxy_server.py for NixlConnector), and ask it, not decode itself",
             )
-    recomputed = sum(r["state"] == "recomputed" for r in ended)
-    if len(ended) >= MIN_OUTCOMES and recomputed > RECOMPUTED_SHARE * len(ended):
-        causes = [
-            f"{len(v)} x {stage}/{cause} ({v[-1].get('prefill') or '?'} to {v[-1].get('decode') or '?'})"
-            for (kind, stage, cause), v in groups.items()
-            if kind == "recomputed"
-        ]
-        yield found("KVF111", f"{recomputed} of the last {len(ended)} requests recomputed: {', '.join(causes)}")
 
 
 def passage(case: Case) -> Iterator[Finding]:
@@ -222,5 +209,11 @@ def logs(case: Case) -> Iterator[Finding]:
         )
 
 
-def _instances(state: dict[str, Any]) -> list[dict[str, Any]]:
+def instances_of(state: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows of the router's table."""
     return [m for m in state.get("instances") or () if isinstance(m, dict)]
+
+
+def is_probe(record: dict[str, Any]) -> bool:
+    """Whether a request was one of the doctor's own."""
+    return str(record.get("model") or "").startswith("kvferry-doctor-")

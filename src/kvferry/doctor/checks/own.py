@@ -66,6 +66,24 @@ def transports(case: Case) -> Iterator[Finding]:
             )
 
 
+def shared_memory(case: Case) -> Iterator[Finding]:
+    """KVF112: two instances of one machine cannot map each other's memory, so that KV goes over TCP."""
+    for p, d in case.pairs():
+        a, b = p.process, d.process
+        if not a or not b or not (_is_ours(case, p) and _is_ours(case, d)):
+            continue
+        apart = a.pid_namespace and b.pid_namespace and a.pid_namespace != b.pid_namespace
+        lists = [case.settings[s.name].flag("transfer-transports") for s in (p, d)]
+        if apart and all(x is None or "shm" in x.split(",") for x in lists):
+            yield found(
+                "KVF112",
+                f"{p.name} (pid {a.pid}) and {d.name} (pid {b.pid}) are on one machine, each in a PID namespace of its "
+                "own: neither finds the other's memory under /proc, and KV goes over tcp",
+                "let the containers share one: --pid=host, --pid=container:NAME, or shareProcessNamespace: true in one "
+                "pod",
+            )
+
+
 def settings_ports(case: Case) -> Iterator[Finding]:
     """KVF012: a fixed port of the settings file is held by a stranger."""
     settings = case.facts.kvferry

@@ -94,7 +94,7 @@ def _incomplete(path: str, config: dict[str, Any]) -> Iterator[Finding]:
         yield found("KVF055", f"{path}: protocol is {protocol!r}", f'set "protocol":"rdma" or "tcp" in {path}')
     for key in ("prefill_url", "decode_url"):
         value = config.get(key)
-        if isinstance(value, str) and value and not value.rpartition(":")[2].isdigit():
+        if isinstance(value, str) and value and not value.rpartition(":")[2].isdecimal():
             yield found(
                 "KVF055", f"{path}: {key} is {value!r}, without a port", f'set "{key}":"{value}:13003" in {path}'
             )

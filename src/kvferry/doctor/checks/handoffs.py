@@ -1,0 +1,218 @@
+"""Each handoff that is stuck or did not deliver: its stage, who waits for whom, since when, and the likely cause."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from kvferry.doctor.case import Case
+from kvferry.doctor.checks.live import SILENT_S, instances_of, is_probe
+from kvferry.doctor.findings import Finding, found
+
+STUCK_AFTER_S = 2.0
+RECOMPUTED_SHARE = 0.5
+MIN_OUTCOMES = 4
+_WAITING = ("reserving", "waiting", "subscribed", "pulling", "draining")
+
+_MEANINGS = {
+    "source_silent": (
+        "{prefill} took the subscription and then said nothing: its process was stopped or its network went away",
+        "look at {prefill}: is it stopped, is its node gone?",
+    ),
+    "peer_gone": (
+        "the connection to {prefill} broke or could not be opened: its process ended, or its address is not reached",
+        "start {prefill} again; if it runs, kvferry doctor --prefill PID --decode PID --probe",
+    ),
+    "transfer_timeout": (
+        "no connection or no block in time: {prefill} queues, or the way to it is slow or closed",
+        "kvferry doctor --prefill PID --decode PID --probe, and kvferry top for its queue",
+    ),
+    "deadline_exceeded": (
+        "the KV was not complete before the handoff's deadline: {prefill} queues or computes for longer than that",
+        "more prefill instances, or a longer handoff.deadline_s",
+    ),
+    "lease_expired": (
+        "{prefill} gave the blocks to another request before {decode} had read them",
+        "more KV blocks on {prefill}, or fewer requests at once",
+    ),
+    "integrity_error": (
+        "bytes that arrived are not the bytes that were sent",
+        "kvferry doctor --probe between these two nodes; something between them changes bytes",
+    ),
+    "compatibility_error": (
+        "the two instances differ where they must agree",
+        "kvferry doctor --prefill PID --decode PID names what differs",
+    ),
+    "authentication_error": (
+        "the two instances have different cluster secrets",
+        "give both the same KVFERRY_CLUSTER_SECRET and start them again",
+    ),
+    "prompt_mismatch": (
+        "the two instances got different prompts: a proxy or a tokenizer changed one of them",
+        "the same tokenizer and chat template on both; kvferry doctor --router URL --probe",
+    ),
+    "incarnation_changed": (
+        "{prefill} was started again in between, so its blocks are gone",
+        "none if that was on purpose; else read why it ended",
+    ),
+    "serving_stalled": (
+        "the serving loop of {decode} stood still",
+        "look at {decode} (py-spy dump), then start it again",
+    ),
+}
+
+
+def handoffs(case: Case) -> Iterator[Finding]:
+    """KVF107, KVF108, KVF110, KVF111, KVF115: handoffs that do not move, and how the latest ones ended."""
+    state = case.facts.router
+    if state is None:
+        return
+    members = {str(m.get("instance_id")): m for m in instances_of(state)}
+    requests = [r for r in state.get("requests") or () if not is_probe(r)]
+    told: set[object] = set()
+    for view in state.get("handoffs") or ():
+        if view.get("side") == "target" and view.get("stage") in _WAITING and _age(view) >= STUCK_AFTER_S:
+            told.add(view.get("handoff"))
+            yield _stuck(state, members, requests, view)
+    for request in requests:
+        # Once decode has the KV, prefill may go.
+        needed = ("decode", "prefill") if request.get("stage") == "prefill" else ("decode",)
+        gone = [str(request[role]) for role in needed if request.get(role) not in (None, *members)]
+        if gone and request.get("handoff") not in told and _age(request) >= STUCK_AFTER_S:
+            yield found(
+                "KVF108",
+                f"handoff {request.get('handoff')} of request {request.get('request')}: in stage "
+                f"{request.get('stage')}, {_age(request):.1f} s old at the router, {_pair(request)}; "
+                f"{' and '.join(gone)} no longer reports itself: its process ended or is stopped, or it does not "
+                "reach the router",
+                f"continue or start {gone[0]} again",
+            )
+    yield from _ended(state)
+
+
+def _stuck(
+    state: dict[str, Any], members: dict[str, dict[str, Any]], requests: list[dict[str, Any]], view: dict[str, Any]
+) -> Finding:
+    request = next((r for r in requests if r.get("handoff") == view.get("handoff")), {})
+    target = str(view.get("instance"))
+    source = str(request.get("prefill") or view.get("peer") or "an unknown peer")
+    of = f" of request {request['request']}" if request.get("request") else ""
+    seen = (
+        f"handoff {view.get('handoff')}{of}: {target} is {view.get('stage')} since {_age(view):.1f} s "
+        f"for {source}, {float(view.get('remaining_s') or 0):.1f} s remain{_detail(view)}"
+    )
+    if trouble := _trouble(members.get(target)):
+        return found("KVF107", f"{seen}; likely cause: {target} itself: {trouble}", f"look at {target}: {trouble}")
+    if source not in members and source != "an unknown peer":
+        gone = f"{source} no longer reports itself: its process ended or is stopped, or it does not reach the router"
+        return found("KVF108", f"{seen}; {gone}", f"continue or start {source} again")
+    if view.get("stage") == "reserving":
+        own = members.get(target, {})
+        full = f"{own.get('free_blocks')} of {own.get('num_blocks')} blocks are free at {target}"
+        return found("KVF107", f"{seen}; likely cause: {full}, and this request needs more", "see KVF109: more blocks")
+    other = _counterpart(state, view)
+    member = members.get(source)
+    heard = f", last heard {float(member['silent_s']):.1f} s ago" if member and "silent_s" in member else ""
+    there = (
+        f"there it is {other.get('stage')}{_detail(other)} since {_age(other):.1f} s" if other else "not listed there"
+    )
+    return found(
+        "KVF107",
+        f"{seen}; {source}{heard}: {there}; likely cause: {_source_cause(member, other, source, target)}",
+        f"look at {source}: its queue, its log, its serving loop; the request ends by itself at its deadline",
+    )
+
+
+def _source_cause(member: dict[str, Any] | None, view: dict[str, Any], source: str, target: str) -> str:
+    """Why the source has not delivered, by what it and the router say of it."""
+    if trouble := _trouble(member):
+        return trouble
+    running, waiting = (int((member or {}).get(k) or 0) for k in ("running", "waiting"))
+    queue = f"{running} running and {waiting} waiting requests"
+    stage = view.get("stage")
+    if stage == "sealed":
+        return f"everything is published there and {target} does not get it: the way between the two is slow or closed"
+    if member and not member.get("free_blocks") and member.get("num_blocks"):
+        return f"the KV cache of {source} is full, with {queue}"
+    if stage in ("open", "publishing"):
+        return f"{source} has {queue} and is not done with this one"
+    if waiting:
+        return f"its request queues at {source} behind {queue}"
+    return (
+        f"the request did not reach {source}, or reached it without its ticket: something between the router and it "
+        "drops kv_transfer_params, or it runs without the connector"
+    )
+
+
+def _trouble(member: dict[str, Any] | None) -> str:
+    """What is wrong with an instance that others wait for; empty where nothing is."""
+    if member is None:
+        return ""
+    if member.get("answers") == "refused":
+        return f"nothing listens at {member.get('url')} any more, its process has ended"
+    if member.get("answers") == "silent":
+        return f"{member.get('url')} takes connections and says nothing, its process is stopped or hangs"
+    silent, still = float(member.get("silent_s") or 0), float(member.get("standstill_s") or 0)
+    if silent > SILENT_S and not member.get("polled"):
+        return f"no heartbeat of it for {silent:.1f} s, its process is stopped or its node is gone"
+    if still and (member.get("running") or member.get("waiting")):
+        return f"its serving loop stands at step {member.get('step')} for {still:.1f} s or more"
+    return ""
+
+
+def _counterpart(state: dict[str, Any], view: dict[str, Any]) -> dict[str, Any]:
+    views = state.get("handoffs") or ()
+    return next((h for h in views if h.get("handoff") == view.get("handoff") and h.get("side") == "source"), {})
+
+
+def _age(view: dict[str, Any]) -> float:
+    return float(view.get("age_s") or 0.0)
+
+
+def _detail(view: dict[str, Any]) -> str:
+    return f" ({view['detail']})" if view.get("detail") else ""
+
+
+def _ended(state: dict[str, Any]) -> Iterator[Finding]:
+    ended = [r for r in state.get("recent") or () if r.get("state") and not is_probe(r)]
+    recomputed = sum(r["state"] == "recomputed" for r in ended)
+    mostly = len(ended) >= MIN_OUTCOMES and recomputed > RECOMPUTED_SHARE * len(ended)
+    groups: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
+    for r in ended:
+        if r["state"] in ("failed", "recomputed"):
+            key = (r["state"], str(r.get("stage") or "?"), str(r.get("cause") or "?"))
+            groups.setdefault(key, []).append(r)
+    for (kind, stage, cause), requests in groups.items():
+        last = requests[-1]
+        if kind == "failed" and 400 <= int(last.get("status") or 500) < 500:
+            continue  # The client's own error.
+        if kind == "recomputed" and mostly:
+            continue
+        meaning, mend = _meaning(cause, last)
+        yield found(
+            "KVF110" if kind == "failed" else "KVF115",
+            f"{len(requests)} of the last {len(ended)} requests {'failed' if kind == 'failed' else 'were recomputed'}: "
+            f"at {stage} with {cause} ({_pair(last)}), the last one {last.get('request')} with handoff "
+            f"{last.get('handoff')} after {float(last.get('handoff_s') or last.get('total_s') or 0):.1f} s"
+            + (f": {last['detail']}" if last.get("detail") else "")
+            + (f"; {meaning}" if meaning else ""),
+            mend,
+        )
+    if mostly:
+        causes = [
+            f"{len(v)} x {stage}/{cause} ({_pair(v[-1])})" + (f", {m}" if (m := _meaning(cause, v[-1])[0]) else "")
+            for (kind, stage, cause), v in groups.items()
+            if kind == "recomputed"
+        ]
+        yield found("KVF111", f"{recomputed} of the last {len(ended)} requests recomputed: {'; '.join(causes)}")
+
+
+def _pair(record: dict[str, Any]) -> str:
+    return f"{record.get('prefill') or '?'} to {record.get('decode') or '?'}"
+
+
+def _meaning(cause: str, record: dict[str, Any]) -> tuple[str, str]:
+    """What a cause says of the pair, and what to do; empty for causes that speak for themselves."""
+    names = {"prefill": record.get("prefill") or "prefill", "decode": record.get("decode") or "decode"}
+    meaning, mend = _MEANINGS.get(cause, ("", ""))
+    return meaning.format(**names), mend.format(**names)
