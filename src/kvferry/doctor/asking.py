@@ -109,7 +109,10 @@ def open_http(url: str, within_s: float) -> http.client.HTTPConnection:
     parts = urllib.parse.urlsplit(url)
     secure = parts.scheme == "https"
     host, port = parts.hostname or "", parts.port or (443 if secure else 80)
-    connection = http.client.HTTPConnection(host, port, timeout=within_s)
+    try:
+        connection = http.client.HTTPConnection(host, port, timeout=within_s)
+    except http.client.InvalidURL as e:
+        raise ValueError(str(e)) from e
     s = connect(host, port, within_s)
     connection.sock = ssl.create_default_context().wrap_socket(s, server_hostname=host) if secure else s
     return connection

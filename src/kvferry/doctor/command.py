@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import sys
 from pathlib import Path
@@ -49,6 +50,8 @@ def add_parser(subparsers: Any) -> None:
 
 def run_doctor(args: argparse.Namespace) -> int:
     """Examine; returns 0, 1 or 2 as the help says."""
+    # What peers refuse is told as a finding, not as a line of a log.
+    logging.getLogger("kvferry").addHandler(logging.NullHandler())
     try:
         facts = _facts(args)
     except KVError as e:

@@ -45,6 +45,7 @@ class Side(msgspec.Struct, frozen=True):
 
     `environment` holds the variables, `command` the argument list (empty where unknown), `mooncake` the content of
     the file that MOONCAKE_CONFIG_PATH names, `versions` distribution names with versions where they could be read.
+    `unknown` are variables that are set to what only a shell or a pod would know, such as `$(POD_IP)`.
     """
 
     role: SideRole
@@ -57,6 +58,11 @@ class Side(msgspec.Struct, frozen=True):
     mooncake_path: str | None = None
     mooncake_error: str | None = None
     versions: dict[str, str] = {}
+    unknown: frozenset[str] = frozenset()
+
+    def sets(self, variable: str) -> bool:
+        """Whether a variable is set, to whatever."""
+        return variable in self.environment or variable in self.unknown
 
 
 class Gpu(msgspec.Struct, frozen=True):
@@ -134,6 +140,18 @@ class PrefixCounts(msgspec.Struct, frozen=True):
     came: int
 
 
+class PoolAnswer(msgspec.Struct, frozen=True):
+    """What a node of the pool said to a side that is configured with it: `secret` means that it has another one."""
+
+    side: str
+    address: str
+    outcome: Literal["ok", "absent", "silent", "secret"]
+    detail: str = ""
+    slab_bytes: int = 0
+    block_bytes: int | None = None
+    stopped_owner: str = ""
+
+
 class RouterProbe(msgspec.Struct, frozen=True):
     """What came out when probe requests were sent through the router to an echo upstream, or straight to it.
 
@@ -188,6 +206,7 @@ class Facts(msgspec.Struct, frozen=True):
     resolutions: tuple[Resolution, ...] = ()
     clocks: tuple[ClockReading, ...] = ()
     prefix_counts: tuple[PrefixCounts, ...] = ()
+    pool: tuple[PoolAnswer, ...] = ()
     router: dict[str, Any] | None = None
     router_url: str | None = None
     router_error: str | None = None

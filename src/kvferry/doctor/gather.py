@@ -10,7 +10,7 @@ import msgspec
 from kvferry.addresses import is_wildcard
 from kvferry.config import Settings, load
 from kvferry.doctor.case import Case
-from kvferry.doctor.facts import Facts, Side, SideRole
+from kvferry.doctor.facts import Facts, PoolAnswer, Side, SideRole
 from kvferry.doctor.inputs import read_config, read_side
 from kvferry.doctor.processes import look_at_host
 from kvferry.doctor.reach import gather_clocks, gather_prefix_counts, gather_reaches, gather_resolutions
@@ -60,7 +60,17 @@ def gather(
         reaches=gather_reaches(case),
         clocks=gather_clocks(urls),
         prefix_counts=gather_prefix_counts(decoding),
+        pool=_pool(case),
     )
+
+
+def _pool(case: Case) -> tuple[PoolAnswer, ...]:
+    own = case.facts.kvferry
+    if not any(case.settings[s.name].flag("pool") for s in case.facts.sides) and not (own and own.engine.pool):
+        return ()
+    from kvferry.doctor.pool import gather_pool  # Nobody else needs the transfer engine for an examination.
+
+    return gather_pool(case)
 
 
 def _sides(role: SideRole, specs: Sequence[str]) -> list[Side]:

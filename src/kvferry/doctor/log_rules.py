@@ -15,7 +15,7 @@ _SHORTEST = 4
 class Rule(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One rule: either a sign of a finding, or (with `stage`) a mark of how far a request got.
 
-    With `side` it holds for logs of that side only.
+    With `side` it holds for logs of that side only; `fix` takes the place of the finding's own mend.
     """
 
     id: str
@@ -27,6 +27,7 @@ class Rule(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     stage: str = ""
     step: int = 0
     side: str = ""
+    fix: str = ""
 
 
 @cache

@@ -172,7 +172,7 @@ def _findings(signs: Sequence[Sign]) -> tuple[LogFinding, ...]:
                 severity=first.rule.severity,
                 title=entry.title,
                 why=entry.why,
-                fix=entry.mend,
+                fix=first.rule.fix or entry.mend,
                 count=len(group),
                 first=shown,
                 source=first.line.source,

@@ -47,7 +47,7 @@ _CONNECT = (
 
 def gather_reaches(case: Case) -> tuple[Reach, ...]:
     """Connect to every server and address that the facts name, side by side."""
-    jobs = [*_server_jobs(case), *_master_jobs(case), *_advertised_jobs(case)]
+    jobs = [*_server_jobs(case), *_directory_jobs(case), *_master_jobs(case), *_advertised_jobs(case)]
     if not jobs:
         return ()
     with ThreadPoolExecutor(max_workers=16) as threads:
@@ -82,6 +82,23 @@ def _metadata(server: str, backend: str) -> tuple[str, list[str]]:
     scheme, mark, rest = server.partition("://")
     kind = scheme if mark and scheme in _KINDS else backend or "etcd"
     return ("http" if kind == "https" else kind), (rest if mark else server).split(",")
+
+
+def _directory_jobs(case: Case) -> list[Job]:
+    """The pool's directory, as the settings file and the instances name it."""
+    named = [(s.name, case.settings[s.name].flag("pool-directory")) for s in case.facts.sides]
+    if case.facts.kvferry is not None:
+        named.append((str(case.facts.kvferry_path), case.facts.kvferry.pool.directory))
+    jobs: dict[tuple[str, int], Job] = {}
+    for who, url in named:
+        try:
+            parts = urlsplit(url or "")
+            place = (parts.hostname or "", parts.port or _DEFAULT_PORTS["redis"])
+        except ValueError:
+            continue
+        if parts.scheme == "redis" and place[0]:
+            jobs.setdefault(place, ("this node", *place, f"pool-directory pool.directory of {who}", None))
+    return list(jobs.values())
 
 
 def _master_jobs(case: Case) -> list[Job]:
@@ -127,9 +144,9 @@ def _try(seen_from: str, host: str, port: int, purpose: str, inside: int | None)
         return Reach(seen_from, host, port, _connect_inside(inside, host, port), purpose)
     outcome, address = _connect(host, port)
     answer = stopped = ""
-    kind = purpose.partition(" ")[0]
+    kind = purpose.partition(" ")[0].replace("pool-directory", "redis")
     if outcome == "open" and kind in _DEFAULT_PORTS:
-        stopped = _stopped_owner(host, port)
+        stopped = stopped_owner(host, port)
         answer = "" if stopped or kind == "master" else ask(kind, host, port)
     return Reach(seen_from, host, port, outcome, purpose, address, answer, stopped)
 
@@ -202,7 +219,7 @@ def _answer(host: str, port: int, request: bytes, size: int) -> bytes:
     return body
 
 
-def _stopped_owner(host: str, port: int) -> str:
+def stopped_owner(host: str, port: int) -> str:
     """The stopped process of this machine that listens on a port, as `name (pid N)`."""
     if not is_loopback(host) and host not in {
         a.address for addresses in psutil.net_if_addrs().values() for a in addresses

@@ -16,8 +16,8 @@ from typing import Any
 import msgspec
 
 from kvferry.addresses import is_loopback, is_wildcard
-from kvferry.config import Settings, cluster_secret, load
 from kvferry.doctor.facts import Facts, ProbeStep, Side
+from kvferry.doctor.secret import secret_of
 from kvferry.errors import ConfigError
 
 PROBE_BYTES = 64 << 20
@@ -40,7 +40,8 @@ def probe_transports(facts: Facts) -> tuple[ProbeStep, ...]:
     transports = facts.kvferry.transfer.transports if facts.kvferry is not None else DEFAULT_TRANSPORTS
     secret = secrets.token_hex(32)
     try:
-        keys = [_secret(side, facts.kvferry) or secret for side in (source, target)]
+        found = [secret_of(side, facts.kvferry) for side in (source, target)]
+        keys = [f.hex() if f else secret for f in found]
     except ConfigError as e:
         return (ProbeStep("settings", "bind", False, e.message),)
     apart = source is not None and target is not None and _apart(source, target, facts)
@@ -157,15 +158,6 @@ def _listen(side: Side | None, facts: Facts) -> str:
         if host in own and not is_loopback(host) and not is_wildcard(host):
             return f"tcp://{host}:0"
     return "tcp://127.0.0.1:0"
-
-
-def _secret(side: Side | None, settings: Settings | None) -> str | None:
-    """The cluster secret that a side's own environment holds, else that of the settings file, as hexadecimal digits."""
-    if side is not None and any(k.startswith("KVFERRY_CLUSTER_SECRET") for k in side.environment):
-        theirs = {k: v for k, v in side.environment.items() if k.startswith("KVFERRY_CLUSTER_SECRET")}
-        settings = load(None, theirs)
-    found = cluster_secret(settings) if settings is not None else None
-    return found.hex() if found else None
 
 
 def _has_gpu() -> bool:

@@ -130,6 +130,7 @@ def _connector_flags(transfer: Transfer | None) -> dict[str, str]:
         return {}
     flags = {}
     names = {"listen": "handoff-listen", "router": "cluster-router-url", "namespace": "cluster-namespace"}
+    names |= {"pool": "pool", "pool_directory": "pool-directory"}
     for key, flag in names.items():
         if isinstance(value := transfer.extra(key), str) and value:
             flags[flag] = value

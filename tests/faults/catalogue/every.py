@@ -4,9 +4,11 @@ from catalogue import (
     faults_devices,
     faults_logs,
     faults_network,
+    faults_pool,
     faults_probe,
     faults_router,
     faults_servers,
+    faults_stories,
     faults_transfer,
     healthy,
 )
@@ -15,9 +17,11 @@ __all__ = [
     "faults_devices",
     "faults_logs",
     "faults_network",
+    "faults_pool",
     "faults_probe",
     "faults_router",
     "faults_servers",
+    "faults_stories",
     "faults_transfer",
     "healthy",
 ]

@@ -189,3 +189,40 @@ def log_of_a_fallback(bench: Bench) -> list[Finding]:
 def log_of_refused_connections(bench: Bench) -> list[Finding]:
     line = "transfer_metadata_plugin.cpp:500] SocketHandShakePlugin: connect() 10.0.0.7:15624: Connection refused [111]"
     return _read(bench, [], [f"E1122 10:00:00.000000 77 {line}"])
+
+
+@fault("KVF220", "decode computes each prompt itself", also=("KVF210",))
+def log_of_requests_without_their_params(bench: Bench) -> list[Finding]:
+    params = "Got invalid KVTransferParams: {'do_remote_prefill': True}. This request will not utilize KVTransfer"
+    return _read(
+        bench,
+        [],
+        [
+            f"(EngineCore_0 pid=12) WARNING 11-22 10:00:00 [nixl_connector.py:330] {params}",
+            "INFO 11-22 10:00:10 [loggers.py:259] Engine 000: Running: 1 reqs, External prefix cache hit rate: 0.0%",
+        ],
+    )
+
+
+@fault("KVF221", "one of two instances gets no request")
+def log_of_two_instances_with_one_name(bench: Bench) -> list[Finding]:
+    line = "the router at http://10.0.0.1:8000 knows a newer instance of this name; this one stops reporting: b'{}'"
+    return _read(bench, [], [f"2026-11-22T22:16:03.120Z ERROR   decode-0  {line}"])
+
+
+@fault("KVF222", "half an hour of silence, then a traceback")
+def log_of_a_group_that_did_not_form(bench: Bench) -> list[Finding]:
+    line = "torch.distributed.DistStoreError: Timed out after 1801 seconds waiting for clients. 1/2 clients joined."
+    return _read(bench, ["INFO 11-22 10:00:00 [parallel_state.py:1200] world_size=2 rank=0"], [line])
+
+
+@fault("KVF223", "each node finds its own blocks only")
+def log_of_an_absent_pool_directory(bench: Bench) -> list[Finding]:
+    line = "the directory can't be told  cause=peer_gone error='Error 111 connecting to 10.0.0.1:6379.'"
+    return _read(bench, [f"2026-11-22T22:16:03.120Z WARNING node-0  {line}"], [])
+
+
+@fault("KVF224", "blocks that were on disk are misses")
+def log_of_a_pool_disk_that_fails(bench: Bench) -> list[Finding]:
+    line = "a block could not be written to disk  slot=4 error='Input/output error'"
+    return _read(bench, [f"2026-11-22T22:16:03.120Z WARNING node-0  {line}"], [])

@@ -220,3 +220,87 @@ def nixl_under_starters(bench: Bench) -> list[Finding]:
     for spec in (p, d):
         spec.by_script = True  # The pid is the script's; the instance is its child.
     return run(bench, p, d)
+
+
+@healthy
+def nixl_in_pods_described_by_their_manifests(bench: Bench) -> list[Finding]:
+    sides = []
+    for role, port in (("prefill", 8000), ("decode", 8200)):
+        kv = json.dumps({"kv_connector": "NixlConnector", "kv_role": "kv_both"})
+        sides.append(
+            bench.file(
+                f"{role}.env",
+                "# containers[0].env of the pod\n"
+                "VLLM_NIXL_SIDE_CHANNEL_HOST=$(POD_IP)\nVLLM_NIXL_SIDE_CHANNEL_PORT=5600\n"
+                "UCX_TLS=cuda_ipc,cuda_copy,tcp\nVLLM_LOGGING_LEVEL=DEBUG\nHF_HUB_CACHE=/model-cache\n"
+                f"COMMAND=vllm serve meta-llama/Llama-3.1-8B-Instruct --port {port} --block-size 128 "
+                f"--kv-transfer-config '{kv}' --disable-log-requests --gpu-memory-utilization 0.95\n",
+            )
+        )
+    return bench.examine(prefill=sides[:1], decode=sides[1:])
+
+
+@healthy
+def nixl_in_two_containers_of_one_machine(bench: Bench) -> list[Finding]:
+    p, d = nixl(bench)
+    for i, spec in enumerate((p, d)):
+        spec.env.update(NVIDIA_VISIBLE_DEVICES=str(i), CUDA_VISIBLE_DEVICES="0")
+    return run(bench, p, d)
+
+
+@healthy
+def lmcache_by_its_disaggregation_example(bench: Bench) -> list[Finding]:
+    sides = []
+    for i, (role, port, rpc) in enumerate((("kv_producer", 7100, "producer1"), ("kv_consumer", 7200, "consumer1"))):
+        extra = {"discard_partial_chunks": False, "lmcache_rpc_port": rpc}
+        kv = json.dumps({"kv_connector": "LMCacheConnectorV1", "kv_role": role, "kv_connector_extra_config": extra})
+        variables = "UCX_TLS=cuda_ipc,cuda_copy,tcp\nPYTHONHASHSEED=0\nLMCACHE_USE_EXPERIMENTAL=True\n"
+        command = f"COMMAND=CUDA_VISIBLE_DEVICES={i} vllm serve {MODEL} --port {port} --enforce-eager"
+        text = f"{variables}LMCACHE_CONFIG_FILE=lmcache-{rpc}.yaml\n{command} --kv-transfer-config '{kv}'\n"
+        sides.append(bench.file(f"{role}.env", text))
+    return bench.examine(prefill=sides[:1], decode=sides[1:])
+
+
+@healthy
+def nixl_with_data_parallel_ranks_on_each_of_two_nodes(bench: Bench) -> list[Finding]:
+    sides = []
+    for i, role in enumerate(("kv_producer", "kv_consumer"), 1):
+        kv = json.dumps({"kv_connector": "NixlConnector", "kv_role": role, "kv_load_failure_policy": "fail"})
+        text = (
+            f"export VLLM_NIXL_SIDE_CHANNEL_HOST=10.20.0.{i}\nexport VLLM_HOST_IP=10.20.0.{i}\n"
+            'export NVIDIA_GDRCOPY="enabled"\nexport GLOO_SOCKET_IFNAME=eth0\nexport NCCL_SOCKET_IFNAME=eth0\n'
+            "export UCX_TLS=rc,sm,self,cuda_ipc,cuda_copy,tcp\nexport UCX_NET_DEVICES=mlx5_0:1\n"
+            f"COMMAND=vllm serve deepseek-ai/DeepSeek-V3 --port 8000 --data-parallel-size 16 "
+            f"--data-parallel-size-local 8 --enable-expert-parallel "
+            f"--kv-events-config '{{\"enable_kv_cache_events\": true}}' "
+            f"--kv-transfer-config '{kv}'\n"
+        )
+        sides.append(bench.file(f"{role}.env", text))
+    return bench.examine(prefill=sides[:1], decode=sides[1:])
+
+
+@healthy
+def ascend_mooncake_on_one_machine(bench: Bench) -> list[Finding]:
+    sides = []
+    for role, port, kv_port, engine in (("kv_producer", 8100, "30000", "0"), ("kv_consumer", 8200, "30100", "1")):
+        extra = {"prefill": {"dp_size": 1, "tp_size": 2}, "decode": {"dp_size": 1, "tp_size": 2}}
+        kv = {"kv_connector": "MooncakeConnectorV1", "kv_buffer_device": "npu", "kv_role": role, "kv_parallel_size": 1}
+        kv |= {"kv_port": kv_port, "engine_id": engine, "kv_connector_extra_config": extra}
+        variables = "HCCL_IF_IP=10.0.0.8\nGLOO_SOCKET_IFNAME=eth7\nASCEND_RT_VISIBLE_DEVICES=0,1\nVLLM_VERSION=0.14.1\n"
+        command = f"COMMAND=vllm serve {MODEL} --port {port} --tensor-parallel-size 2 --kv-transfer-config"
+        sides.append(bench.file(f"{role}.env", f"{variables}{command} '{json.dumps(kv)}'\n"))
+    return bench.examine(prefill=sides[:1], decode=sides[1:])
+
+
+@healthy
+def kvferry_in_vllm_with_tensor_parallelism(bench: Bench) -> list[Finding]:
+    pids = []
+    for i, role in enumerate(("kv_producer", "kv_consumer")):
+        p, _ = nixl(bench, tp=2, first_gpu=2 * i)
+        kv = {"kv_connector": "KVFerryConnector", "kv_connector_module_path": "kvferry.connector.vllm", "kv_role": role}
+        extra = {"router": "http://127.0.0.1:8000", "listen": "tcp://127.0.0.1:0", "transports": ["cuda", "shm", "tcp"]}
+        p.flag("--kv-transfer-config", json.dumps({**kv, "kv_connector_extra_config": extra}))
+        p.env.pop("VLLM_NIXL_SIDE_CHANNEL_PORT")
+        p.env["KVFERRY_CLUSTER_SECRET"] = "s" * 32
+        pids.append(bench.start(p))
+    return bench.examine(prefill=pids[:1], decode=pids[1:])

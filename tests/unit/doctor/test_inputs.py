@@ -20,6 +20,15 @@ def test_an_env_file_takes_what_shells_write() -> None:
     assert command == ("vllm", "serve", "m", "--port", "8100", "--kv-transfer-config", '{"kv_role":"kv_both"}')
 
 
+def test_variables_of_earlier_lines_are_put_in_and_what_only_a_pod_knows_is_unknown(tmp_path: Path) -> None:
+    text = "IP1=10.0.0.1\nVLLM_HOST_IP=${IP1}\nMASTER_ADDR=$IP1\nVLLM_NIXL_SIDE_CHANNEL_HOST=$(POD_IP)\nX=${Y:-1}\n"
+    (tmp_path / "p.env").write_text(text)
+    side = read_side("prefill", str(tmp_path / "p.env"), "prefill")
+    assert side.environment == {"IP1": "10.0.0.1", "VLLM_HOST_IP": "10.0.0.1", "MASTER_ADDR": "10.0.0.1"}
+    assert side.unknown == {"VLLM_NIXL_SIDE_CHANNEL_HOST", "X"}
+    assert side.sets("X") and side.sets("IP1") and not side.sets("Z")
+
+
 def test_a_command_in_quotes_is_one_command() -> None:
     _, command = parse_env_file('COMMAND="vllm serve m --port 1"\n', "p.env")
     assert command == ("vllm", "serve", "m", "--port", "1")

@@ -20,7 +20,7 @@ def group_variables(case: Case) -> Iterator[Finding]:
         grouped = _one_group(case, p, d)
         if not grouped:
             continue
-        wrong = [n for n in GROUP_VARIABLES if p.environment.get(n) != d.environment.get(n)]
+        wrong = [n for n in GROUP_VARIABLES if p.environment.get(n) != d.environment.get(n) and not _unknown(n, p, d)]
         if case.settings[p.name].process_group and case.spans_nodes:
             wrong += [n for n in ("VLLM_HOST_IP", "VLLM_PORT") if p.environment.get(n) != d.environment.get(n)]
         if wrong:
@@ -36,6 +36,10 @@ def group_variables(case: Case) -> Iterator[Finding]:
                 if first is not None or wrong
                 else names,
             )
+
+
+def _unknown(name: str, *sides: Side) -> bool:
+    return any(name in s.unknown for s in sides)
 
 
 def _one_group(case: Case, p: Side, d: Side) -> bool:
@@ -188,7 +192,7 @@ def loopback(case: Case) -> Iterator[Finding]:
                     f"set {key} of {side.name} to its node's address on the network that both sides share",
                 )
         settings = case.settings[side.name]
-        told = "VLLM_NIXL_SIDE_CHANNEL_HOST" in side.environment
+        told = side.sets("VLLM_NIXL_SIDE_CHANNEL_HOST")
         if side.role == "prefill" and "NixlConnector" in settings.connectors and not told:
             yield found(
                 "KVF024",

@@ -86,7 +86,7 @@ def gpu_overlap(case: Case) -> Iterator[Finding]:
         if case.settings[a.name].cpu or case.settings[b.name].cpu or not _same_machine(case, a, b):
             continue
         mine, theirs = visible(a), visible(b)
-        if mine == [] or theirs == [] or _planned_sharing(case, a, b):
+        if mine == [] or theirs == [] or _planned_sharing(case, a, b) or _containers_apart(a, b):
             continue
         if mine is None and theirs is None:
             gpus = case.facts.host.gpus
@@ -104,6 +104,13 @@ def gpu_overlap(case: Case) -> Iterator[Finding]:
                 f"both use GPU {', '.join(common)} of one machine",
                 f"give {b.name} other GPUs, such as CUDA_VISIBLE_DEVICES={_others(mine or common, theirs or common)}",
             )
+
+
+def _containers_apart(a: Side, b: Side) -> bool:
+    """Whether two containers were given different GPUs, which each then counts from 0."""
+    lists = [s.environment.get("NVIDIA_VISIBLE_DEVICES", "all") for s in (a, b)]
+    mine, theirs = (set(x.split(",")) for x in lists)
+    return not ({"all", "void", "none", ""} & (mine | theirs)) and not mine & theirs
 
 
 def _shown(side: Side) -> str:

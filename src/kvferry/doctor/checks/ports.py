@@ -46,7 +46,7 @@ def _share_node(case: Case, a: Side, b: Side, x: Ports, y: Ports) -> bool:
         # Without a host both advertise localhost, so one node is the only set-up that could work. Two defaults on
         # sides that nothing places are no evidence, though.
         placed = x.explicit or y.explicit or _told_apart(case, a, b)
-        return placed and not any("VLLM_NIXL_SIDE_CHANNEL_HOST" in s.environment for s in (a, b))
+        return placed and not any(s.sets("VLLM_NIXL_SIDE_CHANNEL_HOST") for s in (a, b))
     return same is True
 
 
