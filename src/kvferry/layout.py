@@ -6,6 +6,7 @@ differ where `plan_copy` can map one to the other.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
@@ -147,18 +148,29 @@ def plan_copy(
             f"target {len(target.layers)} of {target.block_size}: both must be equal"
         )
     inner_source, inner_target, nbytes = _inner_offsets(source, target)
-    merged: dict[tuple[int, int], tuple[list[Offsets], list[Offsets]]] = {}
+    by_regions: dict[tuple[int, int], list[int]] = {}
     for layer in layers:
-        s_at = (block_offsets(source, layer, source_ids)[:, None] + inner_source[None, :]).ravel()
-        t_at = (block_offsets(target, layer, target_ids)[:, None] + inner_target[None, :]).ravel()
         regions = (source.layers[layer].region, target.layers[layer].region)
-        s_list, t_list = merged.setdefault(regions, ([], []))
-        s_list.append(s_at)
-        t_list.append(t_at)
+        by_regions.setdefault(regions, []).append(layer)
+    # Where each layer is a region of its own, all of them have the same offsets: computed once, and one array, so that
+    # whoever checks them does so once.
+    source_at = functools.cache(lambda places: _offsets_of(places, source_ids, inner_source))
+    target_at = functools.cache(lambda places: _offsets_of(places, target_ids, inner_target))
     return [
-        BlockCopy(s_region, t_region, np.concatenate(s_list), np.concatenate(t_list), nbytes)
-        for (s_region, t_region), (s_list, t_list) in merged.items()
+        BlockCopy(*regions, source_at(_places(source, group)), target_at(_places(target, group)), nbytes)
+        for regions, group in by_regions.items()
     ]
+
+
+def _places(layout: KVLayout, layers: list[int]) -> tuple[tuple[int, int], ...]:
+    return tuple((layout.layers[layer].base, layout.layers[layer].block_stride) for layer in layers)
+
+
+def _offsets_of(places: tuple[tuple[int, int], ...], block_ids: Offsets, inner: Offsets) -> Offsets:
+    """int64 [num_layers * num_blocks * num_runs] for layers that begin at `base` with `stride` from block to block."""
+    bases, strides = np.asarray(places, dtype=np.int64).T
+    at: Offsets = bases[:, None, None] + strides[:, None, None] * block_ids[None, :, None] + inner[None, None, :]
+    return at.ravel()
 
 
 def _require_in_range(ids: Offsets, layout: KVLayout, side: Literal["source", "target"]) -> None:

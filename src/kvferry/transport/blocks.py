@@ -19,20 +19,25 @@ def check_blocks(blocks: list[BlockList]) -> list[BlockList]:
 
     Raises: RegistrationError naming the first offset that lies outside its region, or targets that overlap.
     """
-    checked = [_check_list(part) for part in blocks if len(part.source_offsets) or len(part.target_offsets)]
+    bounds: dict[int, tuple[int, int]] = {}
+    checked = [_check_list(part, bounds) for part in blocks if len(part.source_offsets) or len(part.target_offsets)]
     if len(checked) > 1 or (checked and len(checked[0].target_offsets) > 1):
         _require_apart(checked)
     return checked
 
 
-def _check_list(part: BlockList) -> BlockList:
+def _check_list(part: BlockList, bounds: dict[int, tuple[int, int]]) -> BlockList:
     source, target = _offsets(part.source_offsets, "source"), _offsets(part.target_offsets, "target")
     if source.size != target.size:
         raise RegistrationError(f"{source.size} source blocks cannot fill {target.size} target blocks")
     if part.nbytes < 1:
         raise RegistrationError(f"blocks of {part.nbytes} bytes cannot be moved; a block has at least 1")
-    require_inside(source, part.nbytes, part.source, "source")
-    require_inside(target, part.nbytes, part.target, "target")
+    # Lists for one region after another often share their arrays: each is looked through once. Their parts keep the
+    # arrays alive, so that an id means one of them.
+    for offsets, region, side in ((source, part.source, "source"), (target, part.target, "target")):
+        if id(offsets) not in bounds:
+            bounds[id(offsets)] = _bounds(offsets)
+        _require_between(*bounds[id(offsets)], part.nbytes, region, side)
     if source is part.source_offsets and target is part.target_offsets:
         return part
     return part._replace(source_offsets=source, target_offsets=target)
@@ -49,11 +54,17 @@ def _offsets(value: Offsets, side: str) -> Offsets:
 
 def require_inside(offsets: Offsets, nbytes: int, region: Region | RemoteRegion, side: str) -> None:
     """Raises: RegistrationError if a block of `nbytes` at one of the offsets does not lie wholly in the region."""
+    _require_between(*_bounds(offsets), nbytes, region, side)
+
+
+def _bounds(offsets: Offsets) -> tuple[int, int]:
     if offsets.size <= FEW:
         values = offsets.tolist()
-        low, high = min(values), max(values)
-    else:
-        low, high = int(np.minimum.reduce(offsets)), int(np.maximum.reduce(offsets))
+        return min(values), max(values)
+    return int(np.minimum.reduce(offsets)), int(np.maximum.reduce(offsets))
+
+
+def _require_between(low: int, high: int, nbytes: int, region: Region | RemoteRegion, side: str) -> None:
     if low < 0 or high > region.nbytes - nbytes:
         wrong = low if low < 0 else high
         raise RegistrationError(
@@ -65,8 +76,13 @@ def _require_apart(blocks: list[BlockList]) -> None:
     by_region: dict[int, list[BlockList]] = {}
     for part in blocks:
         by_region.setdefault(part.target.region_id, []).append(part)
+    apart: set[tuple[int, int]] = set()
     for region_id, parts in by_region.items():
         if len(parts) == 1:
+            seen = id(parts[0].target_offsets), parts[0].nbytes
+            if seen in apart:
+                continue
+            apart.add(seen)
             if _surely_apart(parts[0].target_offsets, parts[0].nbytes):
                 continue
             starts = np.sort(parts[0].target_offsets)

@@ -57,6 +57,19 @@ def test_what_does_not_fit_is_named(source: Any, target: Any, nbytes: int, says:
         check_blocks([blocks(source, target, nbytes)])
 
 
+@pytest.mark.parametrize(
+    ("nbytes", "room", "says"), [(10, 85, "target offset 90"), (10, 1000, None), (95, 1000, "overlap at offset 0")]
+)
+def test_lists_that_share_offsets_are_each_held_to_their_own_region(nbytes: int, room: int, says: str | None) -> None:
+    first = blocks([0, 90], [0, 90], nbytes)
+    smaller = first._replace(target=Region(3, 0, room, "00"))
+    if says is None:
+        assert check_blocks([first, smaller]) == [first, smaller]
+        return
+    with pytest.raises(RegistrationError, match=says):
+        check_blocks([first, smaller])
+
+
 def test_floats_and_tables_are_no_offsets() -> None:
     with pytest.raises(RegistrationError, match="float64"):
         check_blocks([blocks([0], [0], 1)._replace(source_offsets=np.zeros(1))])  # type: ignore[arg-type]
