@@ -172,7 +172,7 @@ def _requests(requests: Requests, room: int) -> Table:
 
 def _handoffs(requests: Requests, room: int) -> Table:
     """Open handoffs, the oldest first: what each of the two sides says of it."""
-    table = _table("handoff", "prefill side", "decode side", "age", "remains", "how far")
+    table = _table("open handoff", "prefill side", "decode side", "age", "remains", "how far")
     sides: dict[str, dict[Side, HandoffRow]] = {}
     for row in requests.handoffs:
         sides.setdefault(row.handoff, {})[row.side] = row

@@ -66,13 +66,13 @@ class Side(msgspec.Struct, frozen=True):
 
 
 class Gpu(msgspec.Struct, frozen=True):
-    """One GPU as NVML shows it. `pids` are the processes that hold memory on it."""
+    """One GPU as NVML shows it. `holders` are the processes of this machine that hold memory on it, by pid."""
 
     index: int
     uuid: str
     name: str
     num_nvlinks: int = 0
-    pids: tuple[int, ...] = ()
+    holders: dict[int, str] = {}
 
 
 class Host(msgspec.Struct, frozen=True):

@@ -130,11 +130,12 @@ def _gpu(nvml: Any, index: int) -> Gpu:
         except nvml.NVMLError:
             break
     try:
-        pids = tuple(p.pid for p in nvml.nvmlDeviceGetComputeRunningProcesses(handle))
+        pids = [p.pid for p in nvml.nvmlDeviceGetComputeRunningProcesses(handle)]
     except nvml.NVMLError:
-        pids = ()
+        pids = []
+    holders = {pid: owner_name(pid) for pid in pids if psutil.pid_exists(pid)}
     name, uuid = nvml.nvmlDeviceGetName(handle), nvml.nvmlDeviceGetUUID(handle)
-    return Gpu(index, _text(uuid), _text(name), links, pids)
+    return Gpu(index, _text(uuid), _text(name), links, holders)
 
 
 def _text(value: str | bytes) -> str:

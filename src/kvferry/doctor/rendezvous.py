@@ -18,6 +18,7 @@ import msgspec
 from kvferry.addresses import is_loopback, is_wildcard
 from kvferry.doctor.facts import Facts, ProbeStep, Side
 from kvferry.doctor.secret import secret_of
+from kvferry.doctor.settings import read_settings
 from kvferry.errors import ConfigError
 
 PROBE_BYTES = 64 << 20
@@ -37,7 +38,7 @@ def probe_transports(facts: Facts) -> tuple[ProbeStep, ...]:
     """
     source, target = (next(iter(sides), None) for sides in (facts.prefills, facts.decodes))
     steps: list[ProbeStep] = []
-    transports = facts.kvferry.transfer.transports if facts.kvferry is not None else DEFAULT_TRANSPORTS
+    transports = _configured(source, target, facts)
     secret = secrets.token_hex(32)
     try:
         found = [secret_of(side, facts.kvferry) for side in (source, target)]
@@ -158,6 +159,17 @@ def _listen(side: Side | None, facts: Facts) -> str:
         if host in own and not is_loopback(host) and not is_wildcard(host):
             return f"tcp://{host}:0"
     return "tcp://127.0.0.1:0"
+
+
+def _configured(source: Side | None, target: Side | None, facts: Facts) -> tuple[str, ...]:
+    """The transports of the settings file, else those that both sides name, else the defaults."""
+    if facts.kvferry is not None:
+        return facts.kvferry.transfer.transports
+    texts = [read_settings(s).flag("transfer-transports") for s in (source, target) if s is not None]
+    lists = [[t.strip() for t in text.split(",")] for text in texts if text]
+    if not lists:
+        return DEFAULT_TRANSPORTS
+    return tuple(t for t in lists[0] if all(t in other for other in lists))
 
 
 def _has_gpu() -> bool:

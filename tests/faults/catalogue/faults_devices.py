@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
-from catalogue.bench import Bench, nixl, own_interface, run
-from catalogue.table import fault
+import os
+import subprocess
+import sys
+
+import msgspec
+
+from catalogue.bench import Bench, Spec, nixl, own_interface, run
+from catalogue.table import fault, healthy
 from kvferry.doctor import Finding
 
 
@@ -85,3 +91,41 @@ def fewer_gpus_than_ranks(bench: Bench) -> list[Finding]:
     p, d = nixl(bench, tp=2)
     d.env["CUDA_VISIBLE_DEVICES"] = "2"
     return run(bench, p, d)
+
+
+@fault("KVF044", "decode finds fewer blocks than yesterday")
+def a_left_over_worker_holds_the_gpu(bench: Bench) -> list[Finding]:
+    return _with_gpus(bench, held=True)
+
+
+@healthy
+def gpus_that_only_their_instances_hold(bench: Bench) -> list[Finding]:
+    return _with_gpus(bench, held=False)
+
+
+def _with_gpus(bench: Bench, *, held: bool) -> list[Finding]:
+    """Two instances on a machine with two GPUs, as the NVML of this stand-in shows it to the command."""
+    p, d = nixl(bench)
+    pids = [bench.start(p), bench.start(d)]
+    others = [bench.start(Spec(args=["VLLM::Worker_TP0"]))] if held else []
+    bench.file("pynvml.py", _NVML.format(holders=[[int(pids[0])], [int(x) for x in (pids[1], *others)]]))
+    command = [sys.executable, "-m", "kvferry.cli", "doctor", "--prefill", pids[0], "--decode", pids[1], "--json"]
+    environment = {**os.environ, "PYTHONPATH": str(bench.directory)}
+    done = subprocess.run(command, capture_output=True, cwd=bench.directory, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    return msgspec.convert(msgspec.json.decode(done.stdout)["findings"], list[Finding])
+
+
+_NVML = """
+from types import SimpleNamespace as Process
+HOLDERS = {holders}
+class NVMLError(Exception): pass
+def nvmlInit(): pass
+def nvmlShutdown(): pass
+def nvmlDeviceGetCount(): return len(HOLDERS)
+def nvmlDeviceGetHandleByIndex(i): return i
+def nvmlDeviceGetNvLinkState(handle, link): raise NVMLError
+def nvmlDeviceGetComputeRunningProcesses(handle): return [Process(pid=p) for p in HOLDERS[handle]]
+def nvmlDeviceGetName(handle): return "stand-in"
+def nvmlDeviceGetUUID(handle): return f"GPU-{{handle}}"
+"""

@@ -212,6 +212,17 @@ def master_address_has_no_route(bench: Bench) -> list[Finding]:
     return run(bench, p, d)
 
 
+@fault("KVF023", "both wait for a rank 0 that took another port")
+def nobody_listens_at_the_master_port(bench: Bench) -> list[Finding]:
+    p, d = nixl(bench)
+    port = str(bench.port())
+    for spec, role in ((p, "producer"), (d, "consumer")):
+        spec.flag("--kv-transfer-config", None)
+        spec.env.pop("VLLM_NIXL_SIDE_CHANNEL_PORT")
+        spec.env.update(VLLM_DISTRIBUTED_KV_ROLE=role, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    return run(bench, p, d)
+
+
 @fault("KVF024", "decode connects to itself: engine id mismatch", needs="root")
 def side_channel_host_is_not_set_on_two_hosts(bench: Bench) -> list[Finding]:
     (a, b), (p, d) = bench.two_hosts(), nixl(bench)

@@ -48,6 +48,21 @@ def test_the_dashboard_uses_metrics_that_exist() -> None:
     assert used <= _known()
 
 
+def test_selectors_use_labels_that_their_metrics_have() -> None:
+    collectors = {
+        c._name: set(c._labelnames) | {"instance", "job", "le"}
+        for group in (RequestMetrics, HandoffMetrics, InstanceMetrics)
+        for c in vars(group(CollectorRegistry())).values()
+        if hasattr(c, "_labelnames")
+    }
+    expressions = [RULES, *(t["expr"] for p in DASHBOARD["panels"] for t in p.get("targets", []))]
+    selectors = [m for e in expressions for m in re.findall(r"\b(kvferry_[a-z_]+)\{([^}]*)\}", e)]
+    assert len(selectors) > 10
+    for metric, inside in selectors:
+        name = re.sub(r"_(total|bucket|sum|count)$", "", metric)
+        assert set(re.findall(r"(\w+)\s*[=!]", inside)) <= collectors[name], (metric, inside)
+
+
 def test_panels_do_not_overlap_and_have_ids_of_their_own() -> None:
     cells: set[tuple[int, int]] = set()
     for panel in DASHBOARD["panels"]:

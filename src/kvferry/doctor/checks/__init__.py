@@ -50,6 +50,7 @@ CHECKS: tuple[Check, ...] = (
     ports.bound_to_loopback,
     devices.gpu_lists,
     devices.gpu_overlap,
+    devices.gpu_strangers,
     devices.socket_interfaces,
     devices.ucx,
     servers.servers,

@@ -15,7 +15,7 @@ _BRIDGES = ("docker", "br-", "virbr", "cni", "lxc", "podman", "flannel", "cali",
 
 
 def group_variables(case: Case) -> Iterator[Finding]:
-    """KVF020, KVF026: one process group spans both sides, so its variables must agree."""
+    """KVF020: one process group spans both sides, so its variables must agree."""
     for p, d in case.pairs():
         grouped = _one_group(case, p, d)
         if not grouped:
@@ -231,6 +231,15 @@ def reachable(case: Case) -> Iterator[Finding]:
                 f"{reach.seen_from}: MASTER_ADDR={reach.host} {_says(reach)}",
                 f"set MASTER_ADDR to an address that every node reaches, or open the way to {reach.host}:{reach.port}",
             )
+        elif reach.purpose == "MASTER_ADDR" and reach.outcome == "refused" and _runs_in_group(case, reach.seen_from):
+            told.add((reach.host, reach.purpose))
+            yield found(
+                "KVF023",
+                f"{reach.seen_from}: MASTER_ADDR={reach.host}, MASTER_PORT={reach.port} {_says(reach)}, while the "
+                "instances run that should meet there",
+                "start the instance of rank 0 on the node that MASTER_ADDR names, first of all, and see in its log "
+                f"which address and port it took ({reach.host}:{reach.port} is expected)",
+            )
         elif reach.purpose.startswith("advertised") and reach.outcome in ("timeout", "unreachable", "unresolved"):
             told.add((reach.host, reach.purpose))
             yield found(
@@ -238,6 +247,11 @@ def reachable(case: Case) -> Iterator[Finding]:
                 f"{reach.seen_from}: {reach.host}:{reach.port} ({reach.purpose.partition(' ')[2]}) {_says(reach)}",
                 f"advertise an address that {reach.seen_from} reaches, or open the firewall for port {reach.port}",
             )
+
+
+def _runs_in_group(case: Case, name: str) -> bool:
+    side = next((s for s in case.facts.sides if s.name == name), None)
+    return side is not None and side.process is not None and case.settings[name].process_group
 
 
 def _says(reach: Reach) -> str:

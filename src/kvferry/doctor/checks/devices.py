@@ -113,6 +113,30 @@ def _containers_apart(a: Side, b: Side) -> bool:
     return not ({"all", "void", "none", ""} & (mine | theirs)) and not mine & theirs
 
 
+def gpu_strangers(case: Case) -> Iterator[Finding]:
+    """KVF044: a process that is no instance of this examination holds memory on an instance's GPU."""
+    known = {pid for s in case.facts.sides if s.process for pid in s.process.pids}
+    for side in case.facts.sides:
+        if side.process is None or case.settings[side.name].cpu:
+            continue
+        tokens = visible(side)
+        for gpu in case.facts.host.gpus or ():
+            if tokens is not None and str(gpu.index) not in tokens and gpu.uuid not in tokens:
+                continue
+            strangers = [name for pid, name in gpu.holders.items() if pid not in known]
+            if strangers and not _containers_hide(side):
+                yield found(
+                    "KVF044",
+                    f"{side.name}: its GPU {gpu.index} ({gpu.name}) is also held by {', '.join(strangers)}",
+                    f"end {', '.join(strangers)} if it is left over, or give {side.name} another GPU",
+                )
+
+
+def _containers_hide(side: Side) -> bool:
+    """Whether the instance counts its GPUs in a container, by numbers that are not this machine's."""
+    return side.environment.get("NVIDIA_VISIBLE_DEVICES", "all") != "all"
+
+
 def _shown(side: Side) -> str:
     return side.environment.get("CUDA_VISIBLE_DEVICES", "not set (all)")
 
