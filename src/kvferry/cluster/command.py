@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import re
 import shlex
 import shutil
 import signal
 import sys
+import urllib.parse
 from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,9 @@ from kvferry.errors import ConfigError, PeerGone
 
 MAX_DEMO_REQUESTS = 500
 """The router remembers about so many ended requests, and the demo reads all of its own there."""
+
+_OF_EACH_INSTANCE = ("engine.model", "engine.instance_id", "engine.role", "engine.port")
+"""Given as --model, or decided for each instance by the cluster itself."""
 
 
 def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
@@ -52,7 +57,8 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
     )
     up.add_argument("--share-gpus", action="store_true", help="let several instances use one GPU")
     up.add_argument("--logs", type=Path, default=None, metavar="DIR", help="keep the logs of all processes here")
-    add_flags(up, "router", "engine", "handoff", "transfer", "cluster", "log")
+    own = ("router.port", "cluster.router_url", *_OF_EACH_INSTANCE)
+    add_flags(up, "router", "engine", "handoff", "transfer", "cluster", "log", without=own)
     up.set_defaults(run=run_up)
 
     demo = subparsers.add_parser(
@@ -65,7 +71,7 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
     demo.add_argument("--requests", type=_count, default=6, metavar="N", help="how many (default: %(default)s)")
     demo.add_argument("--json", action="store_true", help="print one JSON object as the last line")
     demo.add_argument("--model", default=None, help="path or Hugging Face name (default: the model of the demo)")
-    add_flags(demo, "engine", "handoff", "transfer", "log")
+    add_flags(demo, "engine", "handoff", "transfer", "log", without=_OF_EACH_INSTANCE)
     demo.set_defaults(run=run_the_demo)
 
     top = subparsers.add_parser(
@@ -265,25 +271,25 @@ def _url(args: argparse.Namespace) -> str:
     """The router's URL as given, else from the settings."""
     settings = load_settings(args)
     url: str = args.url or settings.cluster.router_url or f"http://{settings.router.host}:{settings.router.port}"
+    try:
+        parts = urllib.parse.urlsplit(url)
+        good = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        good = False
+    if not good:
+        raise ConfigError(f"{url!r} is no URL of a router; expected http://host:port")
     return url.rstrip("/").removesuffix("/v1")
 
 
-def _amount(text: str) -> int:
-    value = int(text)
-    if not 1 <= value <= 1_000_000:
-        raise argparse.ArgumentTypeError(f"{text} is not between 1 and 1000000")
-    return value
+def _between(low: int, high: int) -> Callable[[str], int]:
+    """The type of a flag that takes a whole number from `low` to `high`."""
+
+    def parse(text: str) -> int:
+        if re.fullmatch("[0-9]{1,9}", text, re.ASCII) is None or not low <= int(text) <= high:
+            raise argparse.ArgumentTypeError(f"{text!r} is no whole number from {low} to {high}")
+        return int(text)
+
+    return parse
 
 
-def _count(text: str) -> int:
-    value = int(text)
-    if not 1 <= value <= 1024:
-        raise argparse.ArgumentTypeError(f"{text} is not between 1 and 1024")
-    return value
-
-
-def _port(text: str) -> int:
-    value = int(text)
-    if not 0 <= value <= 65535:
-        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 65535")
-    return value
+_amount, _count, _port = _between(1, 1_000_000), _between(1, 1024), _between(0, 65535)

@@ -88,7 +88,7 @@ class LocalCluster:
         self.children: list[Child] = []
         self.router_url = ""
         self._tell = tell
-        self._told = ""
+        self._told: dict[str, str] = {}
         self._held_ports: list[socket.socket] = []
         self._own_logs = plan.logs_dir is None
         self.logs_dir = plan.logs_dir or Path(tempfile.mkdtemp(prefix="kvferry-"))
@@ -246,11 +246,11 @@ class LocalCluster:
             return told_s
         names = ", ".join(child.name for child in waiting)
         last = waiting[0].tail(1)
-        news = names + (f": {last[0][:120]}" if last else ": starting Python and importing its libraries")
-        if news == self._told and silent_s < TELL_AGAIN_EVERY_S:
+        news = last[0][:120] if last else "starting Python and importing its libraries"
+        if news == self._told.get(names) and silent_s < TELL_AGAIN_EVERY_S:
             return told_s
-        self._told = news
-        self._tell(f"{waiting[0].age_s:.0f} s, waiting for {news}")
+        self._told[names] = news
+        self._tell(f"{waiting[0].age_s:.0f} s, waiting for {names}: {news}")
         return time.monotonic()
 
     def _require_time(self, deadline_s: float, waiting: Sequence[Child]) -> None:

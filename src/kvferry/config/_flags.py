@@ -18,16 +18,21 @@ class FlagValue(NamedTuple):
     value: str
 
 
-def add_flags(parser: argparse.ArgumentParser, *sections: str, bare: Sequence[str] = ()) -> None:
+def add_flags(
+    parser: argparse.ArgumentParser, *sections: str, bare: Sequence[str] = (), without: Sequence[str] = ()
+) -> None:
     """Add a flag for each setting of these sections to a parser; `load_settings(args)` reads them again.
 
     A setting `router.ttl_s` is `--router-ttl-s`, or `--ttl-s` when its section is in `bare`. The secret has no flag,
     since every user of a machine may read its processes' command lines.
+
+    Args:
+        without: settings that the command decides itself, by dotted name.
     """
     for section in sections:
         group = parser.add_argument_group(f"{section} settings")
         for setting in SETTINGS.values():
-            if setting.section != section or setting.name == "cluster.secret":
+            if setting.section != section or setting.name in ("cluster.secret", *without):
                 continue
             flag = setting.key if section in bare else f"{section}_{setting.key}"
             group.add_argument(

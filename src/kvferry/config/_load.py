@@ -54,6 +54,7 @@ def load(
         values[setting.section][setting.key] = _convert(setting, raw, source)
         origin[setting.name] = source
     settings = msgspec.convert(values, Settings)
+    _check_addresses(settings, origin)
     _check_together(settings, origin)
     return settings
 
@@ -207,6 +208,29 @@ def _nearest(seen: str, known: Mapping[str, Any] | Sequence[str]) -> str:
     near = [name for name in known if key and name.partition(".")[2] == key]
     near = near or difflib.get_close_matches(seen, list(known), 1, 0.6)
     return f"; did you mean {near[0]}?" if near else ""
+
+
+_ADDRESSES = {
+    "cluster.router_url": ("http", "http://host:port"),
+    "handoff.listen": ("tcp", "tcp://host:port"),
+    "pool.listen": ("tcp", "tcp://host:port"),
+}
+
+
+def _check_addresses(settings: Settings, origin: Mapping[str, str]) -> None:
+    """Found out before anything starts: what is bound or joined only after a model was loaded."""
+    for name, (scheme, expected) in _ADDRESSES.items():
+        section, key = name.split(".")
+        value = getattr(getattr(settings, section), key)
+        if name not in origin or value is None:
+            continue
+        try:
+            parts = urlsplit(value)
+            good = parts.scheme == scheme and parts.hostname and (parts.port is not None or scheme == "http")
+        except ValueError:
+            good = False
+        if not good:
+            raise ConfigError(f"{origin[name]}: {value!r} is no address; expected {expected}")
 
 
 def _check_together(settings: Settings, origin: Mapping[str, str]) -> None:

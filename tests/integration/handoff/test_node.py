@@ -309,10 +309,10 @@ def test_a_restarted_source_is_another_one(pair: tuple[Instance, Instance]) -> N
 @pytest.mark.parametrize(
     ("field", "value", "seen"),
     [
-        ("model", "other", "model: here 'm', there 'other'|model: here 'other', there 'm'"),
-        ("dtype", "bfloat16", "bfloat16"),
-        ("block_size", 32, "block_size: here (16|32), there (16|32)"),
-        ("protocol_version", 9, "protocol_version"),
+        ("model", "other", "model: here 'other', there 'm'"),
+        ("dtype", "bfloat16", "dtype: here 'bfloat16', there 'float32'"),
+        ("block_size", 32, "block_size: here 32, there 16"),
+        ("protocol_version", 9, "protocol_version: here 9, there 1"),
     ],
 )
 def test_sides_that_differ_are_refused_with_both_values(field: str, value: Any, seen: str) -> None:
@@ -323,7 +323,7 @@ def test_sides_that_differ_are_refused_with_both_values(field: str, value: Any, 
     target.node.drop_select(one, DIGEST, 0, [1])
     outcome = target.outcome(one.handoff)
     assert (outcome.state, outcome.cause) == (TerminalState.RECOMPUTED, "compatibility_error")
-    assert __import__("re").search(seen, outcome.detail or "")
+    assert seen in (outcome.detail or ""), outcome
     for instance in (source, target):
         instance.close()
 

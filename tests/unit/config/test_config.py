@@ -160,6 +160,22 @@ def test_a_heartbeat_must_fit_its_lease():
 
 
 @pytest.mark.parametrize(
+    ("variable", "value", "expected"),
+    [
+        ("HANDOFF_LISTEN", "7000", "tcp://host:port"),
+        ("HANDOFF_LISTEN", "127.0.0.1:7000", "tcp://host:port"),
+        ("HANDOFF_LISTEN", "tcp://127.0.0.1", "tcp://host:port"),
+        ("HANDOFF_LISTEN", "tcp://127.0.0.1:70000", "tcp://host:port"),
+        ("POOL_LISTEN", "unix://x:1", "tcp://host:port"),
+        ("CLUSTER_ROUTER_URL", "router:8000", "http://host:port"),
+        ("CLUSTER_ROUTER_URL", "tcp://router:8000", "http://host:port"),
+    ],
+)
+def test_what_is_no_address_is_said_before_anything_starts(variable: str, value: str, expected: str):
+    refused(f"environment variable KVFERRY_{variable}", value, expected, environ={f"KVFERRY_{variable}": value})
+
+
+@pytest.mark.parametrize(
     ("variable", "value"),
     [
         ("ROUTER_HOST", "0.0.0.0"),
@@ -231,6 +247,12 @@ def test_flags(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
         load_settings()
 
 
+def test_what_a_command_decides_itself_has_no_flag():
+    made = argparse.ArgumentParser(allow_abbrev=False)
+    add_flags(made, "engine", without=("engine.role",))
+    assert "--engine-role" not in made.format_help() and "--engine-host" in made.format_help()
+
+
 def test_the_secret_has_no_flag(capsys: pytest.CaptureFixture[str]):
     with pytest.raises(SystemExit):
         parser().parse_args(["--secret", "x" * 16])
@@ -259,7 +281,7 @@ def valid_value(setting: Setting) -> st.SearchStrategy[object]:
 @given(st.data())
 def test_to_environ_and_back(data: st.DataObject):
     """Whatever the tree holds, a child that gets it through the environment holds the same."""
-    paired = ("heartbeat_s", "ttl_s", "lease_ttl_s", "host", "listen", "secret")
+    paired = ("heartbeat_s", "ttl_s", "lease_ttl_s", "host", "listen", "router_url", "secret")
     names = [s for s in SETTINGS.values() if s.key not in paired]
     chosen = data.draw(st.lists(st.sampled_from(names), unique_by=lambda s: s.name, max_size=8))
     environ = to_environ(load())

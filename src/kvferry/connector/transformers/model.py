@@ -125,6 +125,8 @@ def load_model(
     if path_or_name is None and not (directory / "config.json").is_file():
         raise ConfigError("the demo model is not in this installation: give engine.model, a path or a name")
     local = directory.is_dir()
+    if not local and source.startswith(("/", "./", "../", "~")):
+        raise ConfigError(f"engine.model: there is no directory {source}; give one with config.json and *.safetensors")
     where = torch.device(_resolve_device(device))
     wanted = getattr(torch, dtype) if dtype != "auto" else ("auto" if where.type == "cuda" else torch.float32)
     try:
