@@ -52,6 +52,15 @@ def logs(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
+def pool_node(logs):
+    from serving import PoolNode
+
+    node = PoolNode(logs)
+    yield node
+    node.stop()
+
+
+@pytest.fixture(scope="module")
 def start_pair(model_path, registry, logs):
     """Starts a pair (both at once) and waits until the registry knows both; stopped at the module's end."""
     from serving import Pair, Server, complete, kv_config, prompt_of, wait_for

@@ -2,10 +2,12 @@
 
 import ctypes
 import os
+import time
 from pathlib import Path
 
 import msgspec
 
+from kvferry.errors import HandoffAborted
 from kvferry.transport.registry import register_transport
 from kvferry.transport.shm import ShmLink, ShmTransport
 
@@ -18,7 +20,7 @@ def zero_on_flag(kv_caches, block_ids):
 
 
 class CorruptingLink(ShmLink):
-    """Flips one bit of what it read."""
+    """Flips one bit of what it read, or does not come back from a read."""
 
     scheme = "corrupting"
 
@@ -28,6 +30,12 @@ class CorruptingLink(ShmLink):
         if _flag("corrupt"):
             address = blocks[0].target.address + int(blocks[0].target_offsets[0]) + 77
             ctypes.c_ubyte.from_address(address).value ^= 0x10
+        if _flag("hold"):
+            _path("reading").touch()
+            while _flag("hold"):
+                if stop.is_set():
+                    raise HandoffAborted("stopped")
+                time.sleep(0.01)
 
     def load_word(self, region, offset, *, deadline_s):
         return super().load_word(_as_shm(region), offset, deadline_s=deadline_s)
@@ -46,8 +54,12 @@ def _as_shm(region):
     return msgspec.structs.replace(region, handles={"shm": region.handles["corrupting"]})
 
 
+def _path(name):
+    return Path(os.environ["KVFERRY_TEST_FLAGS"]) / name
+
+
 def _flag(name):
-    return (Path(os.environ["KVFERRY_TEST_FLAGS"]) / name).exists()
+    return _path(name).exists()
 
 
 register_transport("corrupting", "hooks:CorruptingTransport", reach="host")

@@ -153,12 +153,13 @@ class Server:
             kv["kv_connector_extra_config"].setdefault("url", self.url)
             command += ["--kv-transfer-config", json.dumps(kv)]
         self._command = command
-        self._environment = {
+        wanted = {
             **os.environ,
             **ENVIRONMENT,
             "PYTHONPATH": os.pathsep.join(filter(None, [str(HERE), os.environ.get("PYTHONPATH")])),
             **(environment or {}),
         }
+        self._environment = {name: value for name, value in wanted.items() if value is not None}
         self.start()
 
     def start(self):
@@ -215,13 +216,19 @@ class Server:
             process.kill()
         self.process.wait(10)
 
+    def page(self):
+        """vLLM's `/metrics`."""
+        return call(f"{self.url}/metrics")[1]
+
     def metric(self, name):
         """The sum of a metric over its labels; 0 where it is not there."""
-        _, text = call(f"{self.url}/metrics")
-        values = [
-            float(line.rsplit(" ", 1)[1]) for line in text.splitlines() if line.startswith((name + "{", name + " "))
-        ]
+        lines = self.page().splitlines()
+        values = [float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith((name + "{", name + " "))]
         return sum(values)
+
+    def forget_prefixes(self):
+        """Empty the instance's own prefix cache; needs VLLM_SERVER_DEV_MODE."""
+        assert call(f"{self.url}/reset_prefix_cache", {})[0] == 200
 
     def wait_all_free(self, timeout_s=15.0):
         """No block is held, and no request is left."""
@@ -257,6 +264,37 @@ def post_completion(url, prompt, num_tokens, *, timeout_s=60.0, **options):
         **options,
     }
     return call(f"{url}/v1/completions", body, timeout_s)
+
+
+class PoolNode:
+    """`kvferry node` on a port that stays the same when it is killed and started again."""
+
+    def __init__(self, logs):
+        self._log = Path(logs) / "node.log"
+        self._port = free_port()
+        self.address = f"tcp://127.0.0.1:{self._port}"
+        self.start()
+
+    def start(self):
+        command = [str(Path(sys.executable).parent / "kvferry"), "node", "--listen", self.address]
+        with self._log.open("ab") as log:
+            self.process = subprocess.Popen(
+                [*command, "--arena-bytes", "128MiB"], stdout=log, stderr=subprocess.STDOUT, preexec_fn=die_with_parent
+            )
+        wait_for(self._listens, 60, "the pool's node listens")
+
+    def _listens(self):
+        assert self.process.poll() is None, self._log.read_text()
+        with socket.socket() as probe:
+            return probe.connect_ex(("127.0.0.1", self._port)) == 0
+
+    def kill(self):
+        self.process.kill()
+        self.process.wait(10)
+
+    def stop(self):
+        self.process.terminate()
+        self.process.wait(20)
 
 
 @dataclass
@@ -314,7 +352,7 @@ class Pair:
 
 
 # For tests of tokens alone: on two busy cores vLLM's first steps can hold the interpreter longer than a lease.
-PATIENT = {"lease_ttl_s": 20.0}
+PATIENT = {"lease_ttl_s": 20.0, "pool_wait_s": 20.0}
 
 
 def kv_config(registry, name, *, role="kv_both", policy="recompute", **extra):

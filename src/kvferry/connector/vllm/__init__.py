@@ -7,8 +7,9 @@
 
 Rooms: `scheduler.py` decides, `worker.py` acts, `metadata.py` is what crosses between them; `layouts.py` maps vLLM's
 tensors, `stream.py` waits for the device, `stats.py` and `metrics.py` count, `registration.py` joins the router,
-`version.py` and `settings.py` refuse what is not understood. `connector.py` is the thin class that vLLM calls; it
-alone (with `metrics.py`) imports vLLM, so that all decisions are tested without it.
+`version.py` and `settings.py` refuse what is not understood. For the pool, `pool_scheduler.py` and `pool_worker.py` do
+what the halves do for handoffs, and `pool.py` attaches it. `connector.py` is the thin class that vLLM calls; it alone
+(with `seams.py` and `metrics.py`) imports vLLM, so that all decisions are tested without it.
 """
 
 from __future__ import annotations

@@ -5,28 +5,19 @@ vLLM makes one in the scheduler's process (role SCHEDULER) and one in each worke
 
 from __future__ import annotations
 
-import functools
-import importlib
 import logging
 import sys
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from vllm.distributed.kv_transfer.kv_connector.v1.base import (
-    KVConnectorBase_V1,
-    KVConnectorHandshakeMetadata,
-    KVConnectorMetadata,
-    KVConnectorRole,
-    KVConnectorWorkerMetadata,
-)
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1, KVConnectorRole
 from vllm.version import __version__ as vllm_version
 
 from kvferry.connector.vllm import layouts, stats
 from kvferry.connector.vllm.memory import open_node
-from kvferry.connector.vllm.metadata import RankReport, StepPlan
+from kvferry.connector.vllm.metadata import StepPlan
 from kvferry.connector.vllm.metrics import KVFerryPromMetrics, KVFerryStats
 from kvferry.connector.vllm.model import (
     ROLES,
@@ -36,13 +27,25 @@ from kvferry.connector.vllm.model import (
     prompt_identity,
     require_usable,
 )
+from kvferry.connector.vllm.pool import attach_lookup, attach_memory, pool_fingerprint, require_pool_usable
+from kvferry.connector.vllm.pool_scheduler import PoolSchedulerHalf
+from kvferry.connector.vllm.pool_worker import PoolWorkerHalf
 from kvferry.connector.vllm.registration import Registration
-from kvferry.connector.vllm.scheduler import Ending, Scheduled, SchedulerHalf
+from kvferry.connector.vllm.scheduler import Ending, SchedulerHalf
+from kvferry.connector.vllm.seams import (
+    KVFerryAddress,
+    KVFerryMetadata,
+    KVFerryReports,
+    event_recorder,
+    hook_named,
+    log_as_vllm_does,
+    scheduled_requests,
+)
 from kvferry.connector.vllm.settings import settings_from_extra_config
 from kvferry.connector.vllm.stream import AfterForward
 from kvferry.connector.vllm.trace import Trace
 from kvferry.connector.vllm.worker import WorkerHalf
-from kvferry.errors import ConfigError
+from kvferry.pool import BlockSpace, PoolAttachment
 from kvferry.types import Outcome
 
 ENDINGS: dict[str, Ending] = {"FINISHED_ABORTED": "aborted", "FINISHED_IGNORED": "failed", "FINISHED_ERROR": "failed"}
@@ -51,30 +54,6 @@ EMPTY_STEP_S = 0.002
 
 SWITCH_INTERVAL_S = 0.0005
 _log = logging.getLogger("kvferry.vllm")
-
-
-@dataclass
-class KVFerryMetadata(KVConnectorMetadata):  # type: ignore[misc]
-    """One step's plan, on its way to the workers."""
-
-    plan: StepPlan
-
-
-@dataclass
-class KVFerryAddress(KVConnectorHandshakeMetadata):  # type: ignore[misc]
-    """Where one rank really listens, on its way to the scheduler half."""
-
-    address: str
-
-
-@dataclass
-class KVFerryReports(KVConnectorWorkerMetadata):  # type: ignore[misc]
-    """How loads ended on the workers, on its way to the scheduler half."""
-
-    reports: list[RankReport] = field(default_factory=list)
-
-    def aggregate(self, other: KVConnectorWorkerMetadata) -> KVFerryReports:
-        return KVFerryReports(self.reports + other.reports)
 
 
 class KVFerryConnector(KVConnectorBase_V1):  # type: ignore[misc]
@@ -86,7 +65,7 @@ class KVFerryConnector(KVConnectorBase_V1):  # type: ignore[misc]
 
     def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any) -> None:
         super().__init__(vllm_config, role, kv_cache_config)
-        _log_as_vllm_does()
+        log_as_vllm_does()
         require_usable(vllm_config, kv_cache_config)
         config = vllm_config.kv_transfer_config
         self._settings = settings_from_extra_config(config.kv_connector_extra_config)
@@ -94,6 +73,14 @@ class KVFerryConnector(KVConnectorBase_V1):  # type: ignore[misc]
         self._stats = KVFerryStats()
         self._scheduler: SchedulerHalf | None = None
         self._worker: WorkerHalf | None = None
+        self._pool: PoolAttachment | None = None
+        self._pool_scheduler: PoolSchedulerHalf | None = None
+        self._pool_worker: PoolWorkerHalf | None = None
+        self._pool_space: BlockSpace | None = None
+        self._released: set[str] = set()
+        self._found_in_pool: set[str] = set()
+        if self._settings.pool is not None:
+            require_pool_usable(vllm_config)
         if role is KVConnectorRole.SCHEDULER:
             self._start_scheduler(config.kv_load_failure_policy)
 
@@ -103,7 +90,7 @@ class KVFerryConnector(KVConnectorBase_V1):  # type: ignore[misc]
         parallel = self._vllm_config.parallel_config
         rank, size = parallel.rank % parallel.tensor_parallel_size, parallel.tensor_parallel_size
         geometry = layouts.Geometry(self._kv_cache_config.num_blocks, self._fingerprint.block_size, rank, size)
-        hook = _hook(self._settings.on_loaded)
+        hook = hook_named(self._settings.on_loaded)
         news = threading.Event()
         self._node = open_node(
             kv_caches,
@@ -123,7 +110,7 @@ class KVFerryConnector(KVConnectorBase_V1):  # type: ignore[misc]
                 hook(kv_caches, block_ids)
 
         self._trace = Trace(self._settings.trace, f"worker-{rank}")
-        self._after_forward = AfterForward(_recorder(device) if device.type == "cuda" else None)
+        self._after_forward = AfterForward(event_recorder(device) if device.type == "cuda" else None)
         self._worker = WorkerHalf(
             self._node,
             rank=rank,
@@ -135,21 +122,50 @@ class KVFerryConnector(KVConnectorBase_V1):  # type: ignore[misc]
             on_released=lambda reason: stats.count_release(self._stats.data, reason),
             trace=self._trace,
         )
+        if self._settings.pool is not None:
+            self._start_pool_worker(kv_caches, geometry, news, None if hook is None else lambda b: hook(kv_caches, b))
         # The node's thread needs the interpreter for microseconds, in the middle of vLLM's long run of launches: by
         # default it would wait 5 ms for it.
         sys.setswitchinterval(min(sys.getswitchinterval(), SWITCH_INTERVAL_S))
         _log.info("rank %d of %d listens on %s", rank, size, self._node.address)
 
+    def _start_pool_worker(
+        self,
+        kv_caches: dict[str, torch.Tensor],
+        geometry: layouts.Geometry,
+        news: threading.Event,
+        on_loaded: Callable[[list[int]], None] | None,
+    ) -> None:
+        self._pool, self._pool_space = attach_memory(
+            kv_caches,
+            geometry,
+            settings=self._settings,
+            fingerprint=pool_fingerprint(self._vllm_config, self._fingerprint),
+            wake=news.set,
+        )
+        self._pool_worker = PoolWorkerHalf(
+            self._pool,
+            after_forward=self._after_forward,
+            on_loaded=on_loaded,
+            count_load=lambda loaded, wanted: stats.count_load(self._stats.data, loaded, wanted),
+            count_saved=lambda saved: stats.count_saved(self._stats.data, saved),
+            trace=self._trace,
+        )
+
     def get_handshake_metadata(self) -> KVFerryAddress | None:
-        return KVFerryAddress(self._node.address)
+        return KVFerryAddress(self._node.address, self._pool_space)
 
     def handle_preemptions(self, kv_connector_metadata: KVFerryMetadata) -> None:
         if self._worker is not None:
             self._worker.begin_step(kv_connector_metadata.plan)
+        if self._pool_worker is not None:
+            self._pool_worker.begin_step(kv_connector_metadata.plan)
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
         if self._worker is not None:
             self._worker.start_pulls(self._plan())
+        if self._pool_worker is not None:
+            self._pool_worker.start_loads(self._plan())
 
     def wait_for_layer_load(self, layer_name: str) -> None:
         """Nothing to wait for: a request runs only after its whole load."""
@@ -164,16 +180,28 @@ class KVFerryConnector(KVConnectorBase_V1):  # type: ignore[misc]
     def wait_for_save(self) -> None:
         if self._worker is not None and self.has_connector_metadata():
             self._worker.publish(self._plan())
+            if self._pool_worker is not None:
+                self._pool_worker.save(self._plan())
 
     def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
-        if self._worker is None:
+        worker, pool = self._worker, self._pool_worker
+        if worker is None:
             return None, None
         if self.has_connector_metadata() and self._plan().is_empty_step:
-            self._worker.wait_for_news(EMPTY_STEP_S)
-        return self._worker.finished(finished_req_ids)
+            worker.wait_for_news(EMPTY_STEP_S, also=pool is not None and pool.is_loading)
+        sent, loaded = worker.finished(finished_req_ids)
+        if pool is None:
+            return sent, loaded
+        saved, from_pool = pool.finished(finished_req_ids)
+        # A request's blocks may go when neither a target nor the pool reads them any more.
+        self._released |= sent | saved
+        free = {r for r in self._released if not worker.holds(r) and not pool.holds(r)}
+        self._released -= free
+        return free, loaded | from_pool
 
     def get_block_ids_with_load_errors(self) -> set[int]:
-        return self._worker.take_failed_blocks() if self._worker is not None else set()
+        failed = self._worker.take_failed_blocks() if self._worker is not None else set()
+        return failed | self._pool_worker.take_failed_blocks() if self._pool_worker is not None else failed
 
     def build_connector_worker_meta(self) -> KVFerryReports | None:
         reports = self._worker.take_reports() if self._worker is not None else []
@@ -219,26 +247,53 @@ class KVFerryConnector(KVConnectorBase_V1):  # type: ignore[misc]
         self._registration.state.free_blocks = gpu_block_pool.get_num_free_blocks
 
     def set_xfer_handshake_metadata(self, metadata: dict[int, KVFerryAddress]) -> None:
-        self._registration.join(tuple(metadata[rank].address for rank in sorted(metadata)))
+        ranks = [metadata[rank] for rank in sorted(metadata)]
+        self._registration.join(tuple(rank.address for rank in ranks))
+        # All ranks save alike: what one of them has, the others had too, and a block that is gone is a failed load.
+        if ranks[0].pool_space is not None:
+            self._pool = attach_lookup(ranks[0].pool_space, self._settings)
+            self._pool_scheduler = PoolSchedulerHalf(
+                block_size=self._fingerprint.block_size,
+                look_up=self._pool.lookup,
+                wait_s=self._settings.pool_wait_s,
+                count=lambda result: stats.count_label(self._stats.data, stats.POOL_LOOKUPS, result),
+            )
 
     def on_new_request(self, request: Any) -> None:
         self._registration.state.running += 1
         self._trace(request.request_id, "new")
         self._book.on_new_request(request, identity=prompt_identity(request))
+        if self._pool_scheduler is not None:
+            self._pool_scheduler.on_new_request(request.request_id, request.block_hashes, request.num_tokens)
 
     def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int | None, bool]:
-        num_tokens = self._book.num_new_matched_tokens(request.request_id, num_computed_tokens)
+        request_id, pool = request.request_id, self._pool_scheduler
+        self._found_in_pool.discard(request_id)
+        num_tokens = self._book.num_new_matched_tokens(request_id, num_computed_tokens)
+        if num_tokens == 0 and pool is not None:
+            # No handoff, or one that has failed.
+            num_tokens = pool.num_new_matched_tokens(request_id, num_computed_tokens, request.num_tokens)
+            if num_tokens:
+                self._found_in_pool.add(request_id)
         return num_tokens, bool(num_tokens)
 
     def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
-        self._book.allocated(request.request_id, blocks.get_block_ids()[0], num_external_tokens)
+        request_id, block_ids = request.request_id, blocks.get_block_ids()[0]
+        if num_external_tokens and request_id in self._found_in_pool and self._pool_scheduler is not None:
+            self._pool_scheduler.allocated(request_id, block_ids, num_external_tokens)
+            num_external_tokens = 0
+        self._book.allocated(request_id, block_ids, num_external_tokens)
 
     def build_connector_meta(self, scheduler_output: Any) -> KVFerryMetadata:
         self._registration.state.step += 1
         scheduled = scheduled_requests(scheduler_output)
         for item in scheduled:
             self._trace(item.request_id, f"scheduled from {item.num_computed}, {item.num_scheduled} tokens")
-        return KVFerryMetadata(self._book.step(scheduled, scheduler_output.preempted_req_ids or ()))
+        preempted = scheduler_output.preempted_req_ids or ()
+        plan = self._book.step(scheduled, preempted)
+        if self._pool_scheduler is not None:
+            self._pool_scheduler.step(plan, scheduled, preempted)
+        return KVFerryMetadata(plan)
 
     def update_connector_output(self, connector_output: Any) -> None:
         meta = connector_output.kv_connector_worker_meta
@@ -252,6 +307,9 @@ class KVFerryConnector(KVConnectorBase_V1):  # type: ignore[misc]
         self._trace(request.request_id, "finished")
         ending = ENDINGS.get(request.status.name, "answered")
         held = self._book.finished(request.request_id, ending, has_blocks=bool(block_ids))
+        self._found_in_pool.discard(request.request_id)
+        if self._pool_scheduler is not None:
+            held |= self._pool_scheduler.finished(request.request_id, has_blocks=bool(block_ids))
         return held, None
 
     def _on_outcome(self, outcome: Outcome, recomputed_tokens: int) -> None:
@@ -285,6 +343,8 @@ class KVFerryConnector(KVConnectorBase_V1):  # type: ignore[misc]
         if self._worker is not None:
             self._after_forward.close()
             self._node.close()
+        if self._pool is not None:
+            self._pool.close()
         if self._scheduler is not None:
             self._registration.close()
         if self._worker is not None or self._scheduler is not None:
@@ -296,55 +356,3 @@ class KVFerryConnector(KVConnectorBase_V1):  # type: ignore[misc]
     def _plan(self) -> StepPlan:
         plan: StepPlan = self._get_connector_metadata().plan
         return plan
-
-
-def scheduled_requests(scheduler_output: Any) -> list[Scheduled]:
-    """The requests of a step, in both model runners' forms.
-
-    V1 lists a request that resumes after a preemption in `resumed_req_ids` with its whole table; V2 lists it again
-    among the new ones.
-    """
-    num_scheduled = scheduler_output.num_scheduled_tokens
-    found = [
-        Scheduled(new.req_id, new.block_ids[0], True, new.num_computed_tokens, num_scheduled.get(new.req_id, 0))
-        for new in scheduler_output.scheduled_new_reqs
-    ]
-    cached = scheduler_output.scheduled_cached_reqs
-    for request_id, added, num_computed in zip(
-        cached.req_ids, cached.new_block_ids, cached.num_computed_tokens, strict=True
-    ):
-        block_ids = added[0] if added is not None else []
-        replaces = request_id in cached.resumed_req_ids
-        found.append(Scheduled(request_id, block_ids, replaces, num_computed, num_scheduled.get(request_id, 0)))
-    return found
-
-
-def _recorder(device: torch.device) -> Callable[[], Any]:
-    def record() -> Any:
-        # A blocking event lets the waiting thread sleep instead of spinning beside the engine.
-        event: Any = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
-        event.record(torch.cuda.current_stream(device))
-        return event
-
-    return record
-
-
-def _hook(name: str | None) -> Callable[[dict[str, torch.Tensor], list[int]], None] | None:
-    if name is None:
-        return None
-    module, _, function = name.partition(":")
-    try:
-        hook: Callable[[dict[str, torch.Tensor], list[int]], None] = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError) as error:
-        raise ConfigError(f"kv_connector_extra_config.on_loaded is {name!r}: {error}") from error
-    _log.warning("every delivered handoff goes through %s: this is for tests", name)
-    return hook
-
-
-@functools.cache
-def _log_as_vllm_does() -> None:
-    """Send kvferry's log lines where vLLM's go."""
-    theirs, ours = logging.getLogger("vllm"), logging.getLogger("kvferry")
-    ours.handlers = list(theirs.handlers)
-    ours.setLevel(theirs.level or logging.INFO)
-    ours.propagate = False

@@ -57,9 +57,31 @@ class Cancel:
 
 
 @dataclass(frozen=True)
+class PoolLoad:
+    """Fill `block_ids` with the pool's blocks of these hashes."""
+
+    request_id: str
+    hashes: list[bytes]
+    block_ids: list[int]
+
+
+@dataclass(frozen=True)
+class PoolSave:
+    """After this step's forward, blocks `first_block` onwards are complete: offer them to the pool. The request has
+    `num_blocks` full blocks so far."""
+
+    request_id: str
+    first_block: int
+    num_blocks: int
+    hashes: list[bytes]
+    block_ids: list[int]
+
+
+@dataclass(frozen=True)
 class StepPlan:
-    """What the worker half does in one step: first the revokes, then the offers, the cancels, the pulls; the publishes
-    once the step's forward has completed on the device. `is_empty_step`: vLLM computes nothing in it."""
+    """What the worker half does in one step: first the revokes and the drops, then the offers, the cancels, the pulls
+    and loads; the publishes and saves once the step's forward has completed on the device. `is_empty_step`: vLLM
+    computes nothing in it. `pool_drops`: requests whose saves must stop, because their blocks were taken from them."""
 
     is_empty_step: bool = False
     revokes: list[str] = field(default_factory=list)
@@ -67,6 +89,9 @@ class StepPlan:
     cancels: list[Cancel] = field(default_factory=list)
     pulls: list[Pull] = field(default_factory=list)
     publishes: list[Publish] = field(default_factory=list)
+    pool_drops: list[str] = field(default_factory=list)
+    pool_loads: list[PoolLoad] = field(default_factory=list)
+    pool_saves: list[PoolSave] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

@@ -47,13 +47,27 @@ class KVFerryPromMetrics(KVConnectorPromMetrics):  # type: ignore[misc]
         self._recomputed = self._counter(
             "recomputed_prompt_tokens", "Prompt tokens computed here in spite of a handoff.", ()
         )
-        histogram = self._histogram_cls(
-            name="vllm:kvferry_handoff_seconds",
-            documentation="From the reservation of blocks to the verdict, of handoffs that moved bytes.",
-            buckets=BUCKETS_S,
-            labelnames=self._labelnames,
+        self._durations = self._histogram(
+            "handoff_seconds", "From the reservation of blocks to the verdict, of handoffs that moved bytes."
         )
-        self._durations = create_metric_per_engine(histogram, self.per_engine_labelvalues)
+        self._pool_by_label = {
+            stats.POOL_LOOKUPS: self._counter("pool_lookups", "Requests for which the pool was asked.", ("result",)),
+            stats.POOL_LOADS: self._counter("pool_loads", "This rank's loads from the pool, by how.", ("result",)),
+            stats.POOL_LOADED_BLOCKS: self._counter(
+                "pool_loaded_blocks", "KV blocks of this rank that came from the pool.", ("tier",)
+            ),
+            stats.POOL_SAVED_BLOCKS: self._counter(
+                "pool_saved_blocks", "KV blocks of this rank that were offered to the pool.", ("result",)
+            ),
+            stats.POOL_SAVE_FAILURES: self._counter(
+                "pool_save_failures", "Saves that were refused or broke off.", ("cause",)
+            ),
+        }
+        self._pool_numbers = {
+            stats.POOL_LOADED_BYTES: self._counter("pool_loaded_bytes", "KV bytes that came from the pool.", ()),
+            stats.POOL_SAVED_BYTES: self._counter("pool_saved_bytes", "KV bytes that the pool took.", ()),
+        }
+        self._pool_durations = self._histogram("pool_load_seconds", "Duration of loads that brought blocks.")
 
     def observe(self, transfer_stats_data: dict[str, Any], engine_idx: int = 0) -> None:
         data = transfer_stats_data
@@ -67,6 +81,22 @@ class KVFerryPromMetrics(KVConnectorPromMetrics):  # type: ignore[misc]
         self._labelled(self._recomputed, engine_idx).inc(data[stats.RECOMPUTED_TOKENS])
         for seconds in data[stats.DURATIONS]:
             self._durations[engine_idx].observe(seconds)
+        for key, counter in self._pool_by_label.items():
+            for label, count in data[key].items():
+                self._labelled(counter, engine_idx, label).inc(count)
+        for key, counter in self._pool_numbers.items():
+            self._labelled(counter, engine_idx).inc(data[key])
+        for seconds in data[stats.POOL_LOAD_SECONDS]:
+            self._pool_durations[engine_idx].observe(seconds)
+
+    def _histogram(self, name: str, documentation: str) -> Any:
+        histogram = self._histogram_cls(
+            name=f"vllm:kvferry_{name}",
+            documentation=documentation,
+            buckets=BUCKETS_S,
+            labelnames=self._labelnames,
+        )
+        return create_metric_per_engine(histogram, self.per_engine_labelvalues)
 
     def _counter(self, name: str, documentation: str, labels: tuple[str, ...]) -> Any:
         counter = self._counter_cls(

@@ -25,6 +25,8 @@ class ConnectorSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknow
     splits a chunk's publication into groups of layers (0: the whole chunk at once; CUDA only). `on_loaded` names a
     function `package.module:function` that is called with the KV tensors and the block ids of each delivered handoff
     before vLLM may use them: for tests. `trace` names a file that gets a line for each moment of each handoff.
+    `pool` is the address of this host's pool node, `pool_directory` tells what others hold; a request waits
+    `pool_wait_s` for the pool's answer.
     """
 
     listen: str = "tcp://127.0.0.1:0"
@@ -43,6 +45,9 @@ class ConnectorSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknow
     layers_a_publish: Annotated[int, msgspec.Meta(ge=0)] = 0
     on_loaded: str | None = None
     trace: str | None = None
+    pool: str | None = None
+    pool_directory: str | None = None
+    pool_wait_s: Annotated[float, msgspec.Meta(gt=0)] = 0.1
 
     def listen_at(self, rank: int) -> str:
         """Where this rank listens.
@@ -90,6 +95,10 @@ def settings_from_extra_config(extra: Mapping[str, Any]) -> ConnectorSettings:
         settings = msgspec.convert(dict(extra), ConnectorSettings)
     except msgspec.ValidationError as error:
         raise ConfigError(f"kv_connector_extra_config: {error}") from error
+    if settings.pool is None and settings.pool_directory is not None:
+        raise ConfigError(
+            "kv_connector_extra_config has a pool_directory but no pool: set pool to this host's node (tcp://host:port)"
+        )
     if settings.router is not None and settings.url is None:
         raise ConfigError(
             "kv_connector_extra_config has a router but no url: set url to the base of this server's HTTP address "

@@ -158,9 +158,13 @@ class WorkerHalf:
             self._publish(plan.publishes, self._layers[self._layers_published :])
             self._layers_published = len(self._layers)
 
-    def wait_for_news(self, seconds: float) -> None:
-        """In a step that computes nothing, wait a little for a load to end rather than find out one step later."""
-        if any(t.block_ids for t in self._targets.values()):
+    def wait_for_news(self, seconds: float, *, also: bool = False) -> None:
+        """In a step that computes nothing, wait a little for a load to end rather than find out one step later.
+
+        Args:
+            also: a load from elsewhere sets `news` too, and is under way.
+        """
+        if also or any(t.block_ids for t in self._targets.values()):
             self._news.wait(seconds)
         self._news.clear()
 
@@ -190,6 +194,10 @@ class WorkerHalf:
         """How loads ended since the last call."""
         reports, self._reports = self._reports, []
         return reports
+
+    def holds(self, request_id: str) -> bool:
+        """Whether this request's blocks may still be read by a target."""
+        return request_id in self._sources
 
     def is_idle(self) -> bool:
         """Whether no handoff is open on this rank."""

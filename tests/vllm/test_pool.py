@@ -1,0 +1,210 @@
+"""Real vLLM with a pool: a cache that outlives the engines, alone and with handoffs."""
+
+import pytest
+from serving import BLOCK, PATIENT, Pair, Server, complete, kv_config, post_completion, prompt_of, wait_for
+
+NUM_TOKENS = 16
+LENGTHS = (129, 300, 1000, 1900)
+# float32: in bfloat16 vLLM's answers depend on what else is in the batch.
+FLAGS = ["--dtype", "float32"]
+# No seed of hashes from the environment: the connector sees to it that all processes name a block alike.
+ENVIRONMENT = {"VLLM_SERVER_DEV_MODE": "1", "PYTHONHASHSEED": None}
+LOADED, HITS = "vllm:kvferry_pool_loaded_blocks_total", "vllm:external_prefix_cache_hits_total"
+
+
+def pool_config(node, **extra):
+    return {
+        "kv_connector": "KVFerryConnector",
+        "kv_connector_module_path": "kvferry.connector.vllm",
+        "kv_role": "kv_both",
+        "kv_load_failure_policy": "recompute",
+        "kv_connector_extra_config": {"pool": node.address, **PATIENT, **extra},
+    }
+
+
+def loadable(num_tokens):
+    """Blocks of a prompt that can be loaded: full ones that do not hold its last token."""
+    return (num_tokens - 1) // BLOCK
+
+
+class Talk:
+    """A prompt, the reference's answer to it, and the next turn, which begins with both."""
+
+    def __init__(self, single, seed):
+        self.prompt = prompt_of(100, seed)
+        self.answer = complete(single.url, self.prompt, 200)
+        self.next_turn = [*self.prompt, *self.answer, *prompt_of(20, seed + 1)]
+
+
+@pytest.fixture(scope="module")
+def single(model_path, logs):
+    server = Server("single", model_path("llama"), logs, flags=FLAGS)
+    yield server
+    server.stop()
+
+
+@pytest.fixture(scope="module")
+def flags(tmp_path_factory):
+    return tmp_path_factory.mktemp("flags")
+
+
+@pytest.fixture(scope="module")
+def filled(single, model_path, logs, pool_node):
+    """The pool after an instance without router or handoffs has computed prompts, and was killed; and a talk."""
+    first = Server("first", model_path("llama"), logs, flags=FLAGS, kv=pool_config(pool_node), environment=ENVIRONMENT)
+    try:
+        single.ready()
+        first.ready()
+        talk = Talk(single, seed=50)
+        for i, length in enumerate(LENGTHS):
+            prompt = prompt_of(length, seed=i + 1)
+            assert complete(first.url, prompt, NUM_TOKENS) == complete(single.url, prompt, NUM_TOKENS)
+        assert complete(first.url, talk.prompt, len(talk.answer)) == talk.answer
+        first.wait_all_free()
+        # The talk's 300 tokens but the last one were computed: two blocks, mostly of the answer's tokens.
+        stored = first.metric("vllm:kvferry_pool_saved_blocks_total")
+        assert stored == sum(length // BLOCK for length in LENGTHS) + 2
+        first.kill()
+    finally:
+        first.stop()
+    return talk
+
+
+@pytest.fixture(scope="module")
+def pair(filled, registry, model_path, logs, pool_node, flags):
+    """A fresh prefill and a fresh decode instance with that pool."""
+    environment = {**ENVIRONMENT, "KVFERRY_TEST_FLAGS": str(flags)}
+    settings = {**PATIENT, "pool": pool_node.address, "on_loaded": "pool_hooks:zero_on_flag"}
+    servers = [
+        Server(
+            name,
+            model_path("llama"),
+            logs,
+            flags=FLAGS,
+            kv=kv_config(registry, name, **settings),
+            environment=environment,
+        )
+        for name in ("P", "D")
+    ]
+    try:
+        for server in servers:
+            server.ready()
+            complete(server.url, prompt_of(120, seed=999_999), 2)
+        wait_for(lambda: {"P", "D"} <= set(registry.reports), 10, "both instances register")
+        yield Pair(registry, *servers)
+    finally:
+        for server in servers:
+            server.stop()
+
+
+@pytest.fixture
+def fresh(pair):
+    """An instance that has computed nothing itself; afterwards all its blocks are free."""
+    pair.prefill.forget_prefixes()
+    yield pair.prefill
+    pair.prefill.wait_all_free()
+
+
+def test_what_a_killed_instance_computed_is_loaded_by_a_fresh_one(fresh, single):
+    loaded, hits = fresh.metric(LOADED), fresh.metric(HITS)
+    for i, length in enumerate(LENGTHS):
+        prompt = prompt_of(length, seed=i + 1)
+        assert complete(fresh.url, prompt, NUM_TOKENS) == complete(single.url, prompt, NUM_TOKENS), length
+    expected = sum(map(loadable, LENGTHS))
+    assert fresh.metric(LOADED) - loaded == expected
+    assert fresh.metric(HITS) - hits == expected * BLOCK, "vLLM counts these tokens as found, not computed"
+    assert fresh.metric("vllm:kvferry_pool_loaded_bytes_total") > 0
+    assert fresh.metric("vllm:kvferry_pool_load_seconds_count") >= len(LENGTHS)
+
+
+def test_the_next_turn_finds_the_answer_too(fresh, single, filled):
+    loaded = fresh.metric(LOADED)
+    assert complete(fresh.url, filled.next_turn, NUM_TOKENS) == complete(single.url, filled.next_turn, NUM_TOKENS)
+    assert fresh.metric(LOADED) - loaded == 2
+
+
+def test_sixteen_at_a_time(fresh, pair, single):
+    """Some share prefixes, some are in the pool, some are not."""
+    prompts = [
+        prompt_of(length, seed=i + 1) + prompt_of(j, seed=j) for i, length in enumerate(LENGTHS) for j in range(3)
+    ]
+    prompts += [prompt_of(500, seed=70 + i) for i in range(4)]
+    answers = list(pair._pool.map(lambda p: post_completion(fresh.url, p, NUM_TOKENS), prompts))
+    for prompt, (status, answer) in zip(prompts, answers, strict=True):
+        assert status == 200, answer
+        assert answer["choices"][0]["token_ids"] == complete(single.url, prompt, NUM_TOKENS)
+
+
+def test_the_answer_depends_on_what_was_loaded(fresh, single, flags):
+    """Zeroing what came from the pool must change the output, or the tests above could not fail."""
+    prompt = prompt_of(300, seed=LENGTHS.index(300) + 1)
+    (flags / "zero").touch()
+    try:
+        assert complete(fresh.url, prompt, NUM_TOKENS) != complete(single.url, prompt, NUM_TOKENS)
+    finally:
+        (flags / "zero").unlink()
+    fresh.forget_prefixes()
+    assert complete(fresh.url, prompt, NUM_TOKENS) == complete(single.url, prompt, NUM_TOKENS)
+
+
+def test_two_salts_never_meet(fresh):
+    prompt = prompt_of(400, seed=80)
+    first = complete(fresh.url, prompt, NUM_TOKENS, cache_salt="tenant a")
+    for salt, num_blocks in (("tenant b", 0), (None, 0), ("tenant a", 3)):
+        fresh.wait_all_free()
+        fresh.forget_prefixes()
+        loaded = fresh.metric(LOADED)
+        options = {"cache_salt": salt} if salt else {}
+        assert complete(fresh.url, prompt, NUM_TOKENS, **options) == first
+        assert fresh.metric(LOADED) - loaded == num_blocks, salt
+
+
+def test_prefill_takes_its_prefix_from_the_pool_and_hands_all_of_it_over(fresh, pair, single):
+    pair.decode.forget_prefixes()
+    prompt = prompt_of(1000, seed=LENGTHS.index(1000) + 1) + prompt_of(200, seed=90)
+    loaded, pulled = fresh.metric(LOADED), pair.decode.metric("vllm:kvferry_pulled_blocks_total")
+    result = pair.complete(prompt, NUM_TOKENS)
+    assert (result.outcome.state, result.outcome.tokens_computed) == ("delivered", 1)
+    assert result.token_ids == complete(single.url, prompt, NUM_TOKENS)
+    assert fresh.metric(LOADED) - loaded == 1000 // BLOCK
+    assert pair.decode.metric("vllm:kvferry_pulled_blocks_total") - pulled == -(-1199 // BLOCK)
+    pair.decode.wait_all_free()
+
+
+def test_decode_asks_the_pool_when_the_handoff_fails(pair, single):
+    pair.decode.forget_prefixes()
+    prompt = prompt_of(1900, seed=LENGTHS.index(1900) + 1)
+    loaded = pair.decode.metric(LOADED)
+    result = pair.complete(prompt, NUM_TOKENS, deadline_s=1.0, only_decode=True)
+    assert result.outcome.state == "recomputed"
+    assert result.token_ids == complete(single.url, prompt, NUM_TOKENS)
+    assert pair.decode.metric(LOADED) - loaded == loadable(1900)
+    pair.decode.wait_all_free()
+
+
+def test_a_node_that_dies_in_the_middle_of_a_load_is_missed_by_nobody(fresh, pair, single, pool_node, flags):
+    """Last: the node comes back with an empty arena."""
+    prompt = prompt_of(1000, seed=LENGTHS.index(1000) + 1)
+    (flags / "hold").touch()
+    try:
+        asked = pair._pool.submit(complete, fresh.url, prompt, NUM_TOKENS)
+        wait_for((flags / "reading").exists, 20, "the load is under way")
+        pool_node.kill()
+        assert asked.result(30) == complete(single.url, prompt, NUM_TOKENS)
+    finally:
+        (flags / "hold").unlink()
+    fresh.wait_all_free()
+    assert 'vllm:kvferry_pool_loads_total{engine="0",model_name="m",result="peer_gone"} 1.0' in fresh.page()
+    # Without a node everything is computed.
+    other = prompt_of(1000, seed=95)
+    assert complete(fresh.url, other, NUM_TOKENS) == complete(single.url, other, NUM_TOKENS)
+    pool_node.start()
+    loaded = fresh.metric(LOADED)
+
+    def comes_back():
+        fresh.forget_prefixes()
+        complete(fresh.url, prompt, NUM_TOKENS)
+        fresh.wait_all_free()
+        return fresh.metric(LOADED) > loaded
+
+    wait_for(comes_back, 30, "the pool is used again")
