@@ -95,7 +95,7 @@ def _facts(args: argparse.Namespace) -> Facts:
     elif nothing:
         raise KVError(
             "nothing to examine: name at least one of --config, --prefill, --decode, --router, --logs or --probe "
-            "(kvferry doctor --help has examples of each)"
+            "(kvferry doctor --help says what each takes)"
         )
     facts = gather(config=config, prefill=args.prefill, decode=args.decode, offline=args.offline)
     if args.logs:

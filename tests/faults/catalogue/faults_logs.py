@@ -226,3 +226,14 @@ def log_of_an_absent_pool_directory(bench: Bench) -> list[Finding]:
 def log_of_a_pool_disk_that_fails(bench: Bench) -> list[Finding]:
     line = "a block could not be written to disk  slot=4 error='Input/output error'"
     return _read(bench, [f"2026-11-22T22:16:03.120Z WARNING node-0  {line}"], [])
+
+
+@fault("KVF225", "some requests are late at one moment of the day", also=("KVF210",))
+def log_of_an_instance_that_fell_silent(bench: Bench) -> list[Finding]:
+    gone = "instance gone  instance=prefill-0 role=prefill silent_s=3.0319"
+    ended = "handoff ended  handoff=5e5591bd state=recomputed stage=waiting cause=source_silent detail=none"
+    return _read(
+        bench,
+        [f"2026-11-22T22:16:03.120Z WARNING router  {gone}"],
+        [f"2026-11-22T22:16:05.120Z INFO    decode-0  {ended}"],
+    )

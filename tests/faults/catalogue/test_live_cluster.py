@@ -38,7 +38,7 @@ class Cluster(NamedTuple):
 
 
 @contextmanager
-def a_cluster(directory: Path, num_each: int, transports: str) -> Iterator[Cluster]:
+def a_cluster(directory: Path, num_each: int, transports: str, ttl_s: int = 3) -> Iterator[Cluster]:
     """Prefill and decode instances behind a router, started as a user would."""
     logs, told = directory / "logs", directory / "up.out"
     counts = ["--prefill", str(num_each), "--decode", str(num_each), "--port", "0"]
@@ -46,7 +46,7 @@ def a_cluster(directory: Path, num_each: int, transports: str) -> Iterator[Clust
         up = subprocess.Popen(
             [sys.executable, "-m", "kvferry.cli", "up", *counts, "--logs", str(logs)],
             cwd=directory,
-            env={**os.environ, "KVFERRY_TRANSFER_TRANSPORTS": transports},
+            env={**os.environ, "KVFERRY_TRANSFER_TRANSPORTS": transports, "KVFERRY_ROUTER_TTL_S": f"{ttl_s}s"},
             stdout=out,
             stderr=subprocess.STDOUT,
         )
@@ -106,15 +106,24 @@ def _everything(cluster: Cluster) -> list[Finding]:
     return examine(facts)
 
 
+def _finds_nothing(cluster: Cluster) -> None:
+    """The doctor finds nothing. On a busy machine a heartbeat may be late when it looks; what is false stays."""
+    for _ in range(5):
+        if not (said := _everything(cluster)):
+            return
+    raise AssertionError(fields(said))
+
+
 @pytest.mark.timeout(200)
 def test_two_pairs_over_tcp_give_no_finding(tmp_path: Path) -> None:
-    with a_cluster(tmp_path, 2, "tcp") as cluster:
+    # Four engines on a busy machine: one may be silent for longer than the usual three seconds.
+    with a_cluster(tmp_path, 2, "tcp", ttl_s=30) as cluster:
         results: list[tuple[int, bytes]] = []
         for _ in range(4):
             _complete(cluster.url, results)
         assert all(status == 200 and outcome.startswith(b"delivered") for status, outcome in results), results
         assert len(cluster.pids) == 4
-        assert fields(_everything(cluster)) == []
+        _finds_nothing(cluster)
 
 
 @pytest.mark.timeout(300)
@@ -125,7 +134,7 @@ def test_a_real_cluster_healthy_stopped_and_dead(tmp_path: Path) -> None:
         _complete(cluster.url, results)
         assert results[0][0] == 200
         assert results[0][1].startswith(b"delivered")
-        assert fields(_everything(cluster)) == []
+        _finds_nothing(cluster)
 
         by_router, by_pid = _said_while_stopped(cluster, prefill, results)
         assert [f.id for f in by_pid] == ["KVF001"]

@@ -171,6 +171,8 @@ def passage(case: Case) -> Iterator[Finding]:
     if p is None:
         return
     if p.failure:
+        if case.facts.router_error and not case.facts.router_is_foreign:
+            return  # Told already.
         yield found("KVF100", f"{p.url}: {p.failure}", f"make {p.url} answer /v1/completions, then probe again")
         return
     if p.mangled:
