@@ -84,6 +84,16 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     dtype: Annotated[Literal["auto", "float32", "bfloat16", "float16"], Meta(description="of weights and KV")] = "auto"
     num_threads: Annotated[Count | None, Meta(description="CPU threads of torch; without it torch's own choice")] = None
     prefix_cache: Annotated[bool, Meta(description="reuse blocks of prompts with the same prefix")] = True
+    pool: Annotated[
+        tuple[str, ...],
+        Meta(description="nodes of the KV pool, tcp://host:port, this host's first; without one there is no pool"),
+    ] = ()
+    pool_deadline_s: Annotated[
+        Seconds, Meta(description="a prompt waits no longer for the pool; a save is over within this")
+    ] = 2.0
+    pool_saving_bytes: Annotated[
+        Bytes, Meta(description="blocks that wait to be saved in the pool, at most; those beyond are not saved")
+    ] = 256 << 20
 
 
 class HandoffSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -135,6 +145,13 @@ class PoolSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     lease_ttl_s: Annotated[Seconds, Meta(description="a get is over within this")] = 10.0
     directory: Annotated[
         str | None, Meta(description="where nodes tell what they hold, redis://host:port/number; none for one node")
+    ] = None
+    max_copies: Annotated[
+        Count, Meta(description="nodes that may hold a hot block, with a directory; 1: no copies")
+    ] = 2
+    metrics_host: Annotated[str, Meta(description="address that /metrics binds")] = "127.0.0.1"
+    metrics_port: Annotated[
+        Port | None, Meta(description="serve Prometheus metrics here; 0 lets the system choose")
     ] = None
 
 

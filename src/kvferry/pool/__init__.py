@@ -1,6 +1,7 @@
 """The pool: KV blocks that outlive the engines which computed them, in host memory and on disk, shared by all."""
 
-from kvferry.pool.attachment import Loaded, PoolAttachment, PoolStats, Saved
+from kvferry.observe.attachment import PoolStats
+from kvferry.pool.attachment import Loaded, PoolAttachment, Saved
 from kvferry.pool.client import GetResult, PoolClient, PutResult
 from kvferry.pool.cluster import PoolNodes
 from kvferry.pool.keys import BlockSpace, Tier

@@ -14,12 +14,12 @@ from collections import Counter
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
-import msgspec
 import numpy as np
 
 from kvferry.errors import ConfigError, KVError, PoolExhausted, TransferTimeout, TransportClosed
 from kvferry.layout import KVLayout, Offsets
 from kvferry.observe import get_log
+from kvferry.observe.attachment import PoolStats
 from kvferry.pool.client import PoolClient
 from kvferry.pool.cluster import PoolNodes
 from kvferry.pool.directory import Directory
@@ -63,25 +63,6 @@ class Saved(NamedTuple):
     cause: str | None = None
 
 
-class PoolStats(msgspec.Struct, frozen=True):
-    """Figures since the start. `loaded_blocks` by tier; `failures` by cause; seconds are sums over all calls."""
-
-    lookups: int = 0
-    loads: int = 0
-    loaded_blocks: dict[str, int] = {}
-    missed_blocks: int = 0
-    loaded_bytes: int = 0
-    load_seconds: float = 0.0
-    saves: int = 0
-    saved_blocks: int = 0
-    duplicate_blocks: int = 0
-    refused_blocks: int = 0
-    saved_bytes: int = 0
-    save_seconds: float = 0.0
-    saving_bytes: int = 0
-    failures: dict[str, int] = {}
-
-
 class PoolAttachment:
     """One rank's blocks and the pool. Thread-safe; no method but the constructor and `close` waits."""
 
@@ -117,9 +98,13 @@ class PoolAttachment:
         self._deadline_s, self._max_saving_bytes, self._wake = deadline_s, max_saving_bytes, wake
         self._loop = asyncio.new_event_loop()
 
+        # A call to a node ends before the whole does, so that it is known which node was late; and where several are
+        # asked before one is read from, one that is stopped leaves time for the others.
+        call_s = 0.9 * deadline_s / (1 if len(nodes) == 1 and directory is None else 2)
+
         def connect(address: str) -> PoolClient:
             return PoolClient(
-                address, space, secret=secret, transports=transports, transfer=transfer, deadline_s=deadline_s
+                address, space, secret=secret, transports=transports, transfer=transfer, deadline_s=call_s
             )
 
         self._directory = None if directory is None else _open_directory(directory)
@@ -149,18 +134,14 @@ class PoolAttachment:
 
     # From any thread
 
-    def lookup(self, hashes: Sequence[bytes], *, namespace: str | None = None) -> Pending[int]:
+    def lookup(self, hashes: Sequence[bytes]) -> Pending[int]:
         """How many of these blocks, from the first on, a load would find; 0 where the pool can't be asked."""
-        return self._begin(lambda: self._lookup(list(hashes), namespace), lambda cause: 0)
+        return self._begin(lambda: self._lookup(list(hashes)), lambda cause: 0)
 
-    def load(
-        self, hashes: Sequence[bytes], block_ids: Sequence[int] | Offsets, *, namespace: str | None = None
-    ) -> Pending[Loaded]:
+    def load(self, hashes: Sequence[bytes], block_ids: Sequence[int] | Offsets) -> Pending[Loaded]:
         """Copy the longest prefix of these blocks that the pool has into the KV blocks with these ids."""
         places = np.array(block_ids, dtype=np.int64)
-        return self._begin(
-            lambda: self._load(list(hashes), places, namespace), lambda cause: self._not_loaded(len(hashes), cause)
-        )
+        return self._begin(lambda: self._load(list(hashes), places), lambda cause: self._not_loaded(len(hashes), cause))
 
     def save(
         self,
@@ -169,7 +150,6 @@ class PoolAttachment:
         *,
         first: int = 0,
         length: int = 0,
-        namespace: str | None = None,
     ) -> Pending[Saved]:
         """Copy the KV blocks with these ids into the pool, those that it has already excepted. Loads go first.
 
@@ -189,7 +169,7 @@ class PoolAttachment:
             self._count(cause)
             return finished(self._loop, self._not_saved(len(hashes), cause))
         pending = self._begin(
-            lambda: self._save(list(hashes), places, first, length, namespace),
+            lambda: self._save(list(hashes), places, first, length),
             lambda cause: self._not_saved(len(hashes), cause),
         )
         pending.on_done(lambda: self._end_saving(nbytes))
@@ -219,19 +199,19 @@ class PoolAttachment:
 
     # On the attachment's thread
 
-    async def _lookup(self, hashes: list[bytes], namespace: str | None) -> int:
+    async def _lookup(self, hashes: list[bytes]) -> int:
         async with asyncio.timeout(self._deadline_s):
-            found = await self._nodes.longest_prefix(hashes, namespace=namespace)
+            found = await self._nodes.longest_prefix(hashes)
         self._add(lookups=1)
         return found
 
-    async def _load(self, hashes: list[bytes], places: Offsets, namespace: str | None) -> Loaded:
+    async def _load(self, hashes: list[bytes], places: Offsets) -> Loaded:
         began_s = time.monotonic()
         self._loads += 1
         self._no_loads.clear()
         try:
             async with asyncio.timeout(self._deadline_s):
-                got = await self._nodes.get(hashes, self._parts, places, namespace=namespace)
+                got = await self._nodes.get(hashes, self._parts, places)
         finally:
             self._loads -= 1
             if not self._loads:
@@ -247,9 +227,7 @@ class PoolAttachment:
         self._add(loads=1, missed_blocks=len(hashes) - num_blocks, loaded_bytes=loaded.nbytes)
         return loaded
 
-    async def _save(
-        self, hashes: list[bytes], places: Offsets, first: int, length: int, namespace: str | None
-    ) -> Saved:
+    async def _save(self, hashes: list[bytes], places: Offsets, first: int, length: int) -> Saved:
         began_s = time.monotonic()
         step = max(1, PUT_BYTES // self.block_bytes)
         stored = duplicates = 0
@@ -263,7 +241,6 @@ class PoolAttachment:
                     places[at : at + step],
                     first=first + at,
                     length=length,
-                    namespace=namespace,
                 )
                 stored, duplicates, cause = stored + done.stored, duplicates + done.duplicates, done.cause
                 if cause is not None:

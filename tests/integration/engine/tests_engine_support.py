@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -35,7 +37,15 @@ def make_memory(loaded: LoadedModel, num_blocks: int) -> KVMemory:
 class Driver:
     """One engine, stepped by the test itself."""
 
-    def __init__(self, loaded: LoadedModel, port: Any = None, **overrides: Any) -> None:
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        port: Any = None,
+        *,
+        pool: Callable[[Driver], Any] = lambda driver: None,
+        **overrides: Any,
+    ) -> None:
+        """Args: pool: makes what the engine uses as its KV pool, once `memory` is there."""
         handoff = overrides.pop("handoff", None) or HandoffSettings()
         values = {"num_blocks": 512, "prefill_chunk_tokens": 64, "max_running": 32, **overrides}
         self.settings = EngineSettings(**values)
@@ -50,6 +60,7 @@ class Driver:
             self.settings,
             handoff=handoff,
             port=port,
+            pool=pool(self),
             report=self.reports.append,
             clock=lambda: self.now_s,
         )
@@ -79,8 +90,9 @@ class Driver:
 
     def run(self) -> None:
         """Step until nothing moves."""
-        while self.engine.step():
-            pass
+        while self.engine.step() or self.engine.snapshot.pool_transfers:
+            if self.engine.snapshot.pool_transfers:
+                time.sleep(0.001)
 
     def generate(self, prompts: list[list[int]], **params: Any) -> list[tuple[list[int], list[float]]]:
         """Tokens and log-probabilities (bits, not approximations) of one answer to each prompt, all at once."""
@@ -226,6 +238,7 @@ class Pair:
         while moved:
             moved = self.source.engine.step() | self.target.engine.step()
             moved |= bool(self.source.engine.snapshot.handoffs and self.target.engine.snapshot.handoffs)
+            moved |= bool(self.source.engine.snapshot.pool_transfers + self.target.engine.snapshot.pool_transfers)
 
 
 def ticket(side: Side, handoff: HandoffId, remaining_s: float = 10.0) -> HandoffTicket:

@@ -19,6 +19,7 @@ from kvferry.connector.transformers.memory import KVMemory
 from kvferry.connector.transformers.model import LoadedModel
 from kvferry.connector.transformers.params import RequestError
 from kvferry.connector.transformers.pool import BlockPool
+from kvferry.connector.transformers.pool_traffic import PoolPort, PoolTraffic
 from kvferry.connector.transformers.runner import Runner, pass_shape
 from kvferry.connector.transformers.scheduler import Pass, Scheduler
 from kvferry.connector.transformers.sequence import Failure, GenerationRequest, Sequence, State
@@ -51,11 +52,13 @@ class Engine:
         *,
         handoff: HandoffSettings | None = None,
         port: HandoffPort | None = None,
+        pool: PoolPort | None = None,
         report: Callable[[Outcome], None] = lambda outcome: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Args:
         port: the handoff node, None for an instance that takes part in no handoff.
+        pool: the attachment to the KV pool, None without one.
         report: called with each outcome of the target side, on the engine's thread; must not block.
         """
         self.loaded = loaded
@@ -73,6 +76,11 @@ class Engine:
             prefix_cache=settings.prefix_cache,
         )
         self._runner = Runner(loaded, memory, shape)
+        self._traffic = (
+            None
+            if pool is None
+            else PoolTraffic(pool, self._scheduler, block_size=settings.block_size, let_go=self._let_go)
+        )
         self._legs = (
             None
             if port is None
@@ -87,6 +95,7 @@ class Engine:
                 handoff or HandoffSettings(),
                 fail=self._fail,
                 let_go=self._let_go,
+                recover=self._load_then,
                 report=report,
                 clock=clock,
             )
@@ -189,10 +198,11 @@ class Engine:
         self._take_commands()
         if self._legs:
             self._legs.follow()
+        if self._traffic:
+            self._traffic.follow()
         for sequence in self._scheduler.admit():
             self._totals["reused"] += sequence.num_cached
-            if self._legs:
-                self._legs.begin(sequence)
+            self._begin(sequence)
         passes = self._scheduler.schedule()
         tokens, chunks = [w for w in passes if w.yields_token], [w for w in passes if not w.yields_token]
         for batch in _batched(tokens, self._runner.decode_rows):
@@ -203,6 +213,22 @@ class Engine:
             self._check_when_idle()
         self._take_snapshot()
         return bool(passes)
+
+    def _begin(self, sequence: Sequence) -> None:
+        """A sequence got its blocks. What is not here comes by its handoff, or from the pool, or is computed."""
+        legs = self._legs
+        if legs is None:
+            self._load_then(sequence, lambda: None)
+        elif legs.brings(sequence):
+            legs.begin(sequence)
+        else:
+            self._load_then(sequence, lambda: legs.begin(sequence))
+
+    def _load_then(self, sequence: Sequence, then: Callable[[], None]) -> None:
+        if self._traffic:
+            self._traffic.load(sequence, then)
+        else:
+            then()
 
     def _run_tokens(self, batch: list[Pass]) -> None:
         batch = self._still_wanted(batch)
@@ -234,6 +260,8 @@ class Engine:
         self._totals["computed"] += max(0, min(work.stop, sequence.num_prompt) - work.first)
         if self._legs:
             self._legs.after_pass(work)
+        if self._traffic:
+            self._traffic.after_pass(work)
 
     def _extend(self, sequence: Sequence, logits: torch.Tensor) -> None:
         """Draw the next token of an answer and tell it."""
@@ -298,6 +326,8 @@ class Engine:
             if sequence.state is not State.FINISHED:
                 if self._legs:
                     self._legs.cancel(sequence, reason)
+                if self._traffic:
+                    self._traffic.cancel(sequence)
                 self._retire(sequence)
         self._siblings.pop(request_id, None)
 
@@ -307,8 +337,8 @@ class Engine:
         self._let_go(sequence)
 
     def _let_go(self, sequence: Sequence) -> None:
-        """Free a finished sequence's blocks, unless a handoff still reads or writes them."""
-        if self._legs is not None and self._legs.holds(sequence):
+        """Free a finished sequence's blocks, unless a handoff or the pool still reads or writes them."""
+        if any(bound is not None and bound.holds(sequence) for bound in (self._legs, self._traffic)):
             self._draining.add(sequence)
         else:
             self._draining.discard(sequence)
@@ -322,12 +352,16 @@ class Engine:
         scheduler = self._scheduler
         if self._checked or scheduler.waiting or scheduler.running or scheduler.parked or self._draining:
             return
+        if self._traffic and self._traffic.num_open:
+            return
         self._checked = True
         self._pool.check_integrity()
         if self._pool.num_held:
             raise RuntimeError(f"{self._pool.num_held} blocks are held though no request is left: a bug, they leaked")
         if self._legs is not None:
             self._legs.check_integrity()
+        if self._traffic is not None:
+            self._traffic.check_integrity()
 
     def _take_snapshot(self) -> None:
         pool, scheduler = self._pool, self._scheduler
@@ -346,6 +380,8 @@ class Engine:
             computed_prompt_tokens=self._totals["computed"],
             reused_prompt_tokens=self._totals["reused"],
             generated_tokens=self._totals["generated"],
+            pooled_prompt_tokens=self._traffic.num_loaded_blocks * self._block_size if self._traffic else 0,
+            pool_transfers=self._traffic.num_open if self._traffic else 0,
         )
 
 

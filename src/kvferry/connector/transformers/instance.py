@@ -27,6 +27,7 @@ from kvferry.errors import ConfigError
 from kvferry.handoff.membership import RouterClient
 from kvferry.handoff.node import HandoffNode
 from kvferry.observe import get_log, port_taken, tell_listening
+from kvferry.pool import BlockSpace, PoolAttachment
 from kvferry.protocol.lease import HandoffSettings as ProtocolSettings
 from kvferry.protocol.membership import InstanceReport
 from kvferry.transfer import TransferSettings
@@ -84,12 +85,16 @@ class EngineInstance:
             wake=lambda: self.engine.wake(),
         )
         self._memory = self._make_memory()
+        self._pool = self._join_pool()
+        if self._pool is not None:
+            self._metrics.watch_pool(self._pool.stats)
         self.engine = Engine(
             self._loaded,
             self._memory,
             engine,
             handoff=settings.handoff,
             port=self.node,
+            pool=self._pool,
             report=self._report_outcome,
         )
         self._server = OpenAIServer(
@@ -139,6 +144,8 @@ class EngineInstance:
                 await asyncio.to_thread(self._client.close)
             self.engine.close()
             await runner.cleanup()
+            if self._pool is not None:
+                self._pool.close()
             self.node.close()
 
     def stop(self) -> None:
@@ -178,6 +185,7 @@ class EngineInstance:
             "held": snapshot["held_blocks"],
             "num_handoffs": snapshot["handoffs"],
             "handoffs": msgspec.to_builtins(self.node.views()),
+            "pool": msgspec.to_builtins(self._pool and self._pool.stats()),
         }
 
     def _make_memory(self) -> KVMemory:
@@ -191,6 +199,24 @@ class EngineInstance:
         else:
             arena = torch.from_numpy(self.node.allocate(nbytes))
         return KVMemory(geometry, engine.num_blocks, arena)
+
+    def _join_pool(self) -> PoolAttachment | None:
+        """The tie to the KV pool. Raises: ConfigError for memory that no pool serves; no node need be there yet."""
+        engine, layout = self.settings.engine, self._memory.layout(region=0)
+        if not engine.pool:
+            return None
+        return PoolAttachment(
+            engine.pool,
+            BlockSpace.of(self.node.fingerprint, layout, self.settings.cluster.namespace),
+            layout,
+            {0: self._memory.arena},
+            secret=self._secret,
+            directory=self.settings.pool.directory,
+            deadline_s=engine.pool_deadline_s,
+            # Blocks that wait to be saved are missing to new requests.
+            max_saving_bytes=min(engine.pool_saving_bytes, self._memory.arena.numel() // 4),
+            wake=lambda: self.engine.wake(),
+        )
 
     def _join_router(self) -> None:
         url = self.settings.cluster.router_url

@@ -21,6 +21,7 @@ class Legs:
 
     Args:
         fail: ends a request with an error. let_go: frees a finished sequence's blocks if nothing binds them.
+        recover: gets what it can of a prompt whose handoff failed, then calls back, now or later.
         report: takes each outcome of the target side.
     """
 
@@ -32,6 +33,7 @@ class Legs:
         *,
         fail: Callable[[str, RequestError], None],
         let_go: Callable[[Sequence], None],
+        recover: Callable[[Sequence, Callable[[], None]], None],
         report: Callable[[Outcome], None],
         clock: Callable[[], float],
     ) -> None:
@@ -40,6 +42,7 @@ class Legs:
         self._settings = settings
         self._fail = fail
         self._let_go = let_go
+        self._recover = recover
         self._report = report
         self._clock = clock
         self.holds = handoffs.holds
@@ -48,6 +51,11 @@ class Legs:
     @property
     def num_open(self) -> int:
         return self._handoffs.num_open
+
+    def brings(self, sequence: Sequence) -> bool:
+        """Whether a handoff is to bring the sequence's KV."""
+        ticket = sequence.request.ticket
+        return ticket is not None and ticket.side == "target" and sequence.index == 0
 
     def expect(self, sequence: Sequence) -> None:
         """A request has arrived: the source learns at once that its blocks will be pulled, though there may be no
@@ -145,6 +153,8 @@ class Legs:
         elif outcome.state is TerminalState.DELIVERED:
             self._scheduler.resume(sequence)
             sequence.num_computed = sequence.prefill_end
+            # The source saves them in the KV pool, as it is the one that computed them.
+            sequence.num_saved = len(sequence.hashes)
             self._scheduler.register_prefix(sequence)
             # The last token's pass gives the first token of the answer, so it always runs here.
             self._settle(sequence, msgspec.structs.replace(outcome, tokens_computed=1))
@@ -167,10 +177,14 @@ class Legs:
             self._fail(sequence.request.request_id, error)
             return
         sequence.recomputing = True
-        num_missing = sequence.num_prompt - sequence.num_computed
-        self._settle(
-            sequence, msgspec.structs.replace(outcome, state=TerminalState.RECOMPUTED, tokens_computed=num_missing)
-        )
+
+        def recompute() -> None:
+            num_missing = sequence.num_prompt - sequence.num_computed
+            self._settle(
+                sequence, msgspec.structs.replace(outcome, state=TerminalState.RECOMPUTED, tokens_computed=num_missing)
+            )
+
+        self._recover(sequence, recompute)
 
     def _settle(self, sequence: Sequence, outcome: Outcome) -> None:
         sequence.outcome = outcome

@@ -64,6 +64,13 @@ class BlockPool:
             self._hold(block_id)
         return [*cached, *(self._take() for _ in range(num_fresh))]
 
+    def hold(self, block_ids: Sequence[int]) -> None:
+        """Add one reference to each of these held blocks."""
+        for block_id in block_ids:
+            if self._references[block_id] == 0:
+                raise RuntimeError(f"block {block_id} is free and cannot be held on to: a bug, it is another's")
+            self._references[block_id] += 1
+
     def register(self, block_id: int, block_hash: bytes) -> None:
         """Let the bytes of a held block be found by their hash. The first block of a hash keeps it."""
         if block_hash not in self._block_of and block_id not in self._hash_of:

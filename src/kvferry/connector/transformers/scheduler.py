@@ -90,7 +90,7 @@ class Scheduler:
                 break
             self.waiting.popleft()
             sequence.num_cached = sequence.num_computed = len(cached) * self.block_size
-            sequence.num_registered = len(cached)
+            sequence.num_registered = sequence.num_saved = len(cached)
             sequence.state = State.RUNNING
             self.running.append(sequence)
             admitted.append(sequence)
@@ -125,12 +125,8 @@ class Scheduler:
             self.register_prefix(sequence)
 
     def register_prefix(self, sequence: Sequence) -> None:
-        """Make the computed full blocks of the prompt findable by hash.
-
-        `hashes` ends before the block with the last prompt token: its KV comes out of a pass of one token, with
-        other bits than a chunk gives.
-        """
-        num_full = min(sequence.num_computed // self.block_size, len(sequence.hashes))
+        """Make the computed full blocks of the prompt findable by hash."""
+        num_full = sequence.full_blocks(self.block_size)
         for i in range(sequence.num_registered, num_full):
             self.pool.register(sequence.block_table[i], sequence.hashes[i])
         sequence.num_registered = max(sequence.num_registered, num_full)

@@ -86,6 +86,7 @@ class Sequence:
         self.num_cached = 0
         self.num_computed = 0
         self.num_registered = 0
+        self.num_saved = 0
         self.num_published_blocks = 0
         self.publishing = False
         self.recomputing = False
@@ -111,6 +112,14 @@ class Sequence:
     def max_blocks(self, block_size: int) -> int:
         """Blocks that suffice to finish. The last token of an answer is told, its KV is never computed."""
         return -(-(self.num_prompt + self.params.max_tokens - 1) // block_size)
+
+    def full_blocks(self, block_size: int) -> int:
+        """Blocks of the prompt that are computed and may be found by their hash, here or in the KV pool.
+
+        `hashes` ends before the block with the last prompt token: its KV comes out of a pass of one token, with other
+        bits than a chunk gives.
+        """
+        return min(self.num_computed // block_size, len(self.hashes))
 
     def prompt_blocks(self, block_size: int) -> int:
         """Blocks of the whole prompt, the partial last one included."""

@@ -22,3 +22,5 @@ class EngineSnapshot(msgspec.Struct, frozen=True):
     computed_prompt_tokens: int = 0
     reused_prompt_tokens: int = 0
     generated_tokens: int = 0
+    pooled_prompt_tokens: int = 0
+    pool_transfers: int = 0
