@@ -56,9 +56,9 @@ class Owner:
         table = self._words.setdefault(region_id, WordTable(self._regions[region_id]))
         table.store(offset, word)
 
-    def churn(self, region_id: int, words_id: int, offset: int, block_bytes: int) -> None:
+    def churn(self, region_id: int, words_id: int, offset: int, block_bytes: int, stands_s: float) -> None:
         """From now on reuse the blocks again and again, as a busy cache does: store 0, overwrite every block with
-        bytes of the next word, store that word."""
+        bytes of the next word, store that word and leave it for `stands_s`."""
         region, table = self._regions[region_id], WordTable(self._regions[words_id])
         blocks = (
             region.buffer[: region.nbytes // block_bytes * block_bytes].view(np.int64).reshape(-1, block_bytes // 8)
@@ -72,7 +72,7 @@ class Owner:
                 blocks[:] = word
                 table.store(offset, word)
                 # Long enough to be read now and then, short enough to be caught in the act often.
-                self._stop.wait(0.002)
+                self._stop.wait(stands_s)
 
         self._churning = threading.Thread(target=run, daemon=True)
         self._churning.start()

@@ -13,9 +13,9 @@ from kvferry.errors import ConfigError
 _CASES = ("paged", "big", "lat4k")
 
 
-def add_parser(subparsers: Any) -> None:
-    """Register `bench` with its subjects."""
-    bench = subparsers.add_parser("bench", help="measure the transfer engine beside other systems")
+def add_parser(subparsers: Any) -> Any:
+    """Register `bench` with the subject `transfer`. Returns the subjects, for the rooms above to add theirs."""
+    bench = subparsers.add_parser("bench", help="measure kvferry beside other systems")
     subjects = bench.add_subparsers(title="subjects", metavar="SUBJECT", dest="subject", required=True)
     parser = subjects.add_parser("transfer", help="reads of blocks between two processes of this machine")
     parser.add_argument("--systems", nargs="+", metavar="NAME", help="such as kvferry-shm mooncake-tcp; default: all")
@@ -26,6 +26,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--plot", metavar="OUT.png", help="write a bar chart")
     parser.add_argument("--peers", metavar="DIR", help="site-packages of other systems (default: those of .venv-peers)")
     parser.set_defaults(run=run)
+    return subjects
 
 
 def run(arguments: argparse.Namespace) -> int:

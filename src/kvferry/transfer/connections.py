@@ -206,8 +206,9 @@ class Connections:
             return
         if isinstance(notice, RegionAdded):
             peer.regions[notice.region.region_id] = notice.region
-        else:
-            peer.regions.pop(notice.region_id, None)
+        elif (gone := peer.regions.pop(notice.region_id, None)) is not None:
+            for link in [way.link for way in peer.ways if way.link is not None]:
+                link.forget(gone)
 
     async def _accept(self, sock: socket.socket) -> None:
         loop = asyncio.get_running_loop()

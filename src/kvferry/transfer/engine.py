@@ -13,6 +13,9 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from kvferry.errors import KVError, PeerGone, RegistrationError, TransferTimeout, TransportClosed, TransportError
 from kvferry.transfer.connections import Connections
 from kvferry.transfer.control import EngineHello
@@ -216,6 +219,12 @@ class TransferEngine:
         """The transports considered for this peer in order of preference, with the reason and the probe's figures."""
         return [way.choice() for way in peer.ways]
 
+    def mapped(self, peer: Peer, region_id: int) -> npt.NDArray[np.uint8] | None:
+        """The peer's region as this process sees it; None where it is not mapped here. See `Link.mapped`."""
+        region = peer.regions.get(region_id)
+        links = [way.link for way in peer.ways if way.link is not None and region and way.scheme in region.handles]
+        return links[0].mapped(region) if links and region else None
+
     # Transfers
 
     async def read(
@@ -258,7 +267,7 @@ class TransferEngine:
         deadline_s: float,
     ) -> Completion:
         """As `read`, on this thread, which must be no event loop's: microseconds in shared memory."""
-        if isinstance(blocks, BlockList) and len(blocks.source_offsets) == 1:
+        if isinstance(blocks, BlockList) and len(blocks[2]) == 1:
             done = read_block(peer, blocks, guard, deadline_s, self._regions)
             if done is not None:
                 return done

@@ -209,7 +209,7 @@ class Transfer:
 
 
 _INT64 = np.dtype(np.int64)
-_NEVER = StopToken()
+_ONE = (1,)
 
 
 def read_block(
@@ -219,27 +219,32 @@ def read_block(
 
     None where anything is out of the ordinary, also where the link failed: `Transfer` then does it, or says why not.
     """
-    remote, local, source, target, nbytes = block
-    if peer.lost is not None or not peer.ways or peer.regions.get(remote.region_id) is not remote:
-        return None
-    if len(target) != 1 or source.dtype != _INT64 or target.dtype != _INT64 or not regions.takes(local):
-        return None
-    first, into = int(source[0]), int(target[0])
-    if first < 0 or into < 0 or not 0 < nbytes <= min(remote.nbytes - first, local.nbytes - into):
-        return None
-    if local.kind != "host":
-        return None
-    way = peer.ways[0]
-    link, holder = way.link, None if guard is None else peer.regions.get(guard.region_id)
-    if link is None or way.suspended_until_s or way.scheme not in remote.handles:
-        return None
-    if guard is not None and (holder is None or way.scheme not in holder.handles):
-        return None
     began_s = time.monotonic()
+    remote, local, sources, targets, nbytes = block
+    ways = peer.ways
+    if peer.lost is not None or not ways or deadline_s <= 0 or peer.regions.get(remote.region_id) is not remote:
+        return None
+    if not (isinstance(sources, np.ndarray) and isinstance(targets, np.ndarray)):
+        return None
+    if sources.shape != _ONE or targets.shape != _ONE or sources.dtype != _INT64 or targets.dtype != _INT64:
+        return None
+    if not regions.takes(local) or local.kind != "host":
+        return None
+    source, target = sources.item(), targets.item()
+    if source < 0 or target < 0 or nbytes < 1 or source + nbytes > remote.nbytes or target + nbytes > local.nbytes:
+        return None
+    way = ways[0]
+    link, scheme = way.link, way.scheme
+    if link is None or way.suspended_until_s or scheme not in remote.handles:  # type: ignore[union-attr]
+        return None
+    if guard is not None:
+        holder = peer.regions.get(guard.region_id)
+        if holder is None or scheme not in holder.handles:
+            return None
     try:
-        link.read([block], guard=guard, stop=_NEVER, deadline_s=deadline_s)
+        link.read_block(block, guard=guard, deadline_s=deadline_s)
     except (RegistrationError, LeaseExpired, TransferTimeout):
         raise
     except (TransportError, IntegrityError):
         return None
-    return Completion(nbytes, time.monotonic() - began_s, way.scheme, 0)
+    return Completion(nbytes, time.monotonic() - began_s, scheme, 0)

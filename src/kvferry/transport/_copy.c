@@ -1,51 +1,69 @@
-/* Gather and scatter of many blocks in one call, without the GIL.
+/* Gather and scatter of many blocks in one call, without the GIL; short waits for one small block.
  *
  * Why C: a copy call for each block through ctypes gives the GIL up and takes it back for each block, and waits up to
  * 5 ms for it whenever another thread computes. And libc's memcpy reads each target line before it overwrites it,
  * unless a single copy is larger than most of the last-level cache; the loops below never do (streaming stores).
- * The module is optional: kvferry.transport.copying falls back on one memmove a block where it was not built.
+ * The module is optional: kvferry.transport.copying does without it, more slowly, where it was not built.
  */
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
+#include <errno.h>
+#include <poll.h>
 #include <stdint.h>
 #include <string.h>
+#include <sys/socket.h>
+#include <time.h>
 
 #if defined(__x86_64__) && defined(__GNUC__)
 #include <immintrin.h>
 #define HAVE_STREAM 1
 #define PAGE 4096
 
-/* Several pages in turn: more open DRAM rows, as in glibc's large_memcpy. */
-static void stream_sse2(char *target, const char *source, size_t nbytes) {
-    for (; nbytes >= 4 * PAGE; nbytes -= 4 * PAGE, target += 4 * PAGE, source += 4 * PAGE)
-        for (size_t line = 0; line < PAGE; line += 64)
-            for (int page = 0; page < 4; page++) {
-                const char *from = source + page * PAGE + line;
-                char *to = target + page * PAGE + line;
-                _mm_prefetch(from + 256, _MM_HINT_T0);
-                __m128i a = _mm_loadu_si128((const void *)from), b = _mm_loadu_si128((const void *)(from + 16));
-                __m128i c = _mm_loadu_si128((const void *)(from + 32)), d = _mm_loadu_si128((const void *)(from + 48));
-                _mm_stream_si128((void *)to, a);
-                _mm_stream_si128((void *)(to + 16), b);
-                _mm_stream_si128((void *)(to + 32), c);
-                _mm_stream_si128((void *)(to + 48), d);
-            }
-    memcpy(target, source, nbytes);
+/* Two pages in turn: more open DRAM rows than one, and (unlike four) few enough streams for every prefetcher. What is
+ * read next is asked for four lines ahead; at the end of two pages that is the beginning of the following two, or of the
+ * next block: hardware stops at the page, and the walk of the page table is long where pages are small. */
+#define AHEAD 256
+#define DEFINE_STREAM(NAME, TARGET, COPY_LINE)                                                                \
+    TARGET static void NAME(char *target, const char *source, size_t nbytes, const char *following) {        \
+        for (; nbytes >= 2 * PAGE; nbytes -= 2 * PAGE, target += 2 * PAGE, source += 2 * PAGE) {              \
+            const char *next = nbytes >= 4 * PAGE ? source + 2 * PAGE : following;                            \
+            for (size_t line = 0; line < PAGE; line += 64)                                                    \
+                for (size_t page = 0; page < 2 * PAGE; page += PAGE) {                                        \
+                    const char *from = source + page + line;                                                  \
+                    _mm_prefetch(line + AHEAD < PAGE ? from + AHEAD : next + page + line + AHEAD - PAGE,      \
+                                 _MM_HINT_T0);                                                                \
+                    COPY_LINE(target + page + line, from);                                                    \
+                }                                                                                             \
+        }                                                                                                     \
+        memcpy(target, source, nbytes);                                                                       \
+    }
+
+#define AVX512 __attribute__((target("avx512f")))
+#define AVX2 __attribute__((target("avx2")))
+
+static inline void line_sse2(char *to, const char *from) {
+    for (int part = 0; part < 64; part += 16)
+        _mm_stream_si128((void *)(to + part), _mm_loadu_si128((const void *)(from + part)));
 }
 
-__attribute__((target("avx512f"))) static void stream_avx512(char *target, const char *source, size_t nbytes) {
-    for (; nbytes >= 2 * PAGE; nbytes -= 2 * PAGE, target += 2 * PAGE, source += 2 * PAGE)
-        for (size_t line = 0; line < PAGE; line += 128)
-            for (int page = 0; page < 2; page++) {
-                const char *from = source + page * PAGE + line;
-                char *to = target + page * PAGE + line;
-                _mm_prefetch(from + 512, _MM_HINT_T0);
-                _mm_prefetch(from + 576, _MM_HINT_T0);
-                __m512i a = _mm512_loadu_si512((const void *)from), b = _mm512_loadu_si512((const void *)(from + 64));
-                _mm512_stream_si512((void *)to, a);
-                _mm512_stream_si512((void *)(to + 64), b);
-            }
-    memcpy(target, source, nbytes);
+AVX2 static inline void line_avx2(char *to, const char *from) {
+    for (int part = 0; part < 64; part += 32)
+        _mm256_stream_si256((void *)(to + part), _mm256_loadu_si256((const void *)(from + part)));
+}
+
+AVX512 static inline void line_avx512(char *to, const char *from) {
+    _mm512_stream_si512((void *)to, _mm512_loadu_si512((const void *)from));
+}
+
+DEFINE_STREAM(stream_sse2, , line_sse2)
+DEFINE_STREAM(stream_avx2, AVX2, line_avx2)
+DEFINE_STREAM(stream_avx512, AVX512, line_avx512)
+
+typedef void (*stream_function)(char *, const char *, size_t, const char *);
+
+static stream_function widest_stream(void) {
+    if (__builtin_cpu_supports("avx512f")) return stream_avx512;
+    return __builtin_cpu_supports("avx2") ? stream_avx2 : stream_sse2;
 }
 #endif
 
@@ -68,7 +86,7 @@ static PyObject *copy_blocks(PyObject *module, PyObject *const *args, Py_ssize_t
     int streaming = (int)value[6];
     Py_BEGIN_ALLOW_THREADS;
 #ifdef HAVE_STREAM
-    int wide = __builtin_cpu_supports("avx512f");
+    stream_function stream = widest_stream();
     for (size_t i = 0; i < count; i++) {
         char *to = target + target_offsets[i];
         const char *from = source + source_offsets[i];
@@ -80,10 +98,8 @@ static PyObject *copy_blocks(PyObject *module, PyObject *const *args, Py_ssize_t
         size_t head = (64 - ((uintptr_t)to & 63)) & 63;
         if (head > nbytes) head = nbytes;
         memcpy(to, from, head);
-        if (wide)
-            stream_avx512(to + head, from + head, nbytes - head);
-        else
-            stream_sse2(to + head, from + head, nbytes - head);
+        const char *following = i + 1 < count ? source + source_offsets[i + 1] : from;
+        stream(to + head, from + head, nbytes - head, following);
     }
     if (streaming) _mm_sfence();
 #else
@@ -117,9 +133,77 @@ static PyObject *store_word(PyObject *module, PyObject *const *args, Py_ssize_t 
     Py_RETURN_NONE;
 }
 
+/* Whether the words that say who owns the memory are what they must be: (address, word) pairs. */
+static int words_stand(const unsigned long long *pairs, int count) {
+    for (int i = 0; i < count; i++)
+        if (__atomic_load_n((const uint64_t *)(uintptr_t)pairs[2 * i], __ATOMIC_SEQ_CST) != pairs[2 * i + 1]) return 0;
+    return 1;
+}
+
+/* One small block, and all that must be looked at before and after it, in one call. Keeps the GIL: giving it up and
+ * taking it back may cost more than the copy. */
+static PyObject *copy_checked(PyObject *module, PyObject *const *args, Py_ssize_t nargs) {
+    (void)module;
+    if (nargs != 6 && nargs != 10) {
+        PyErr_SetString(PyExc_TypeError, "copy_checked takes 6 or 10 integers");
+        return NULL;
+    }
+    unsigned long long value[10];
+    for (int i = 0; i < nargs; i++) {
+        value[i] = PyLong_AsUnsignedLongLong(args[i]);
+        if (PyErr_Occurred()) return NULL;
+    }
+    int slots = nargs == 10 ? 2 : 1;
+    if (!words_stand(value + 4, slots)) return PyLong_FromLong(1);
+    memcpy((void *)(uintptr_t)value[0], (const void *)(uintptr_t)value[1], (size_t)value[2]);
+    __atomic_thread_fence(__ATOMIC_SEQ_CST); /* the words below are loaded after the data */
+    int word_stands = nargs != 10 || words_stand(value + 8, 1);
+    struct pollfd process = {(int)value[3], POLLIN, 0};
+    if (poll(&process, 1, 0)) return PyLong_FromLong(2);
+    if (!words_stand(value + 4, slots)) return PyLong_FromLong(1);
+    return PyLong_FromLong(word_stands ? 0 : 3);
+}
+
+/* Being woken costs tens of microseconds where a core had gone to sleep meanwhile; an answer often takes less. */
+static PyObject *receive_soon(PyObject *module, PyObject *const *args, Py_ssize_t nargs) {
+    (void)module;
+    if (nargs != 3) {
+        PyErr_SetString(PyExc_TypeError, "receive_soon takes a descriptor, a buffer and microseconds");
+        return NULL;
+    }
+    long fd = PyLong_AsLong(args[0]), within_us = PyLong_AsLong(args[2]);
+    if (PyErr_Occurred()) return NULL;
+    Py_buffer buffer;
+    if (PyObject_GetBuffer(args[1], &buffer, PyBUF_WRITABLE) < 0) return NULL;
+    ssize_t got;
+    int failed;
+    Py_BEGIN_ALLOW_THREADS;
+    struct timespec began, now;
+    clock_gettime(CLOCK_MONOTONIC, &began);
+    do {
+        got = recv((int)fd, buffer.buf, (size_t)buffer.len, MSG_DONTWAIT);
+        failed = got < 0 ? errno : 0;
+        clock_gettime(CLOCK_MONOTONIC, &now);
+    } while ((failed == EAGAIN || failed == EINTR) &&
+             (now.tv_sec - began.tv_sec) * 1000000 + (now.tv_nsec - began.tv_nsec) / 1000 < within_us);
+    Py_END_ALLOW_THREADS;
+    PyBuffer_Release(&buffer);
+    if (failed == EAGAIN || failed == EINTR) return PyLong_FromLong(-1);
+    if (failed) {
+        errno = failed;
+        return PyErr_SetFromErrno(PyExc_OSError);
+    }
+    return PyLong_FromSsize_t(got);
+}
+
 static PyMethodDef methods[] = {
     {"copy_blocks", (PyCFunction)(void (*)(void))copy_blocks, METH_FASTCALL,
      "copy_blocks(target, source, target_offsets, source_offsets, count, nbytes, streaming): addresses as integers"},
+    {"copy_checked", (PyCFunction)(void (*)(void))copy_checked, METH_FASTCALL,
+     "copy_checked(target, source, nbytes, pidfd, slot, nonce, [word_slot, word_nonce, word_address, word]) -> int: 0 if "
+     "all stands; 1: a slot holds another nonce; 2: the process is dead; 3: the word is another one"},
+    {"receive_soon", (PyCFunction)(void (*)(void))receive_soon, METH_FASTCALL,
+     "receive_soon(fd, buffer, within_us) -> int: bytes received without sleeping, 0 at the end; -1: none came in time"},
     {"load_word", load_word, METH_O, "load_word(address) -> int: 8 bytes, atomically, after everything loaded before"},
     {"store_word", (PyCFunction)(void (*)(void))store_word, METH_FASTCALL,
      "store_word(address, word): 8 bytes, atomically, visible before anything stored later"},

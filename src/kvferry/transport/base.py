@@ -15,6 +15,8 @@ from collections.abc import Mapping
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import msgspec
+import numpy as np
+import numpy.typing as npt
 
 from kvferry.errors import RegistrationError
 from kvferry.layout import Offsets
@@ -131,6 +133,10 @@ class Link(abc.ABC):
         given target offsets are never touched (T5).
         """
 
+    def read_block(self, block: BlockList, *, guard: Guard | None, deadline_s: float) -> None:
+        """As `read` of a list that holds one block. Overridden where a small one has a shorter way."""
+        self.read([block], guard=guard, stop=StopToken(), deadline_s=deadline_s)
+
     @abc.abstractmethod
     def write(self, blocks: list[BlockList], *, stop: StopToken, deadline_s: float) -> None:
         """Copy local blocks into a peer's `writable` region. Raises and failure as for `read`."""
@@ -138,6 +144,17 @@ class Link(abc.ABC):
     @abc.abstractmethod
     def load_word(self, region: RemoteRegion, offset: int, *, deadline_s: float) -> int:
         """The 8 bytes at `offset` as a signed integer, loaded atomically by the machine or the owner (T2)."""
+
+    def mapped(self, region: RemoteRegion) -> npt.NDArray[np.uint8] | None:
+        """The peer's region as this process sees it, uint8 [nbytes], read-only; None where it is not mapped here.
+
+        To look at bytes that were just read, while caches hold them. They are the peer's to change: what is seen means
+        something only if a guard's word stands afterwards.
+        """
+        return None
+
+    def forget(self, region: RemoteRegion) -> None:  # noqa: B027  (most transports hold nothing for one region)
+        """The peer took a region back, and `regions` has it no more: let go of what is held of it. Any thread."""
 
     @abc.abstractmethod
     def close(self) -> None:

@@ -280,8 +280,15 @@ class BlockCopier:
                 self._changed.wait(0.01)
                 if limits is not None:
                     limits.check()
-        with cuda.use(self.device):
-            return Lane(self._settings.table_blocks)
+        try:
+            with cuda.use(self.device):
+                return Lane(self._settings.table_blocks)
+        except BaseException:
+            # Out of memory now, perhaps not later: the next copy may try again instead of waiting for this lane.
+            with self._changed:
+                self._num_lanes -= 1
+                self._changed.notify()
+            raise
 
     def _put_lane(self, lane: Lane) -> None:
         with self._changed:

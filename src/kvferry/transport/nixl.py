@@ -13,7 +13,7 @@ import importlib
 import os
 import threading
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
@@ -34,6 +34,10 @@ _BATCH_BYTES = 256 << 20
 _BATCH_BLOCKS = 8192
 _WORDS = 512
 _DRAIN_S = 1.0
+_LINGER_S = 10.0
+"""How long memory that was taken back is kept: UCX may be reading it for a peer, in this process (tcp), and would crash
+it if it were gone."""
+
 _SPINS = 300
 _MEMORY = {"host": "DRAM", "cuda": "VRAM"}
 
@@ -63,6 +67,7 @@ class NixlTransport(Transport):
         with self.errors("this process"):
             self.agent = api.nixl_agent(self.name, api.nixl_agent_config(backends=["UCX"]))
         self._registered: dict[int, Any] = {}
+        self._lingering: deque[tuple[float, Any, Any]] = deque()
         self._known: Counter[str] = Counter()
         self._links: set[NixlLink] = set()
         self._beacon = Beacon(context.incarnation)
@@ -81,6 +86,7 @@ class NixlTransport(Transport):
             raise kind(f"nixl: {type(error).__name__}: {error}", peer=peer) from error
 
     def offer(self) -> Mapping[str, Any]:
+        self._deregister()
         with self.lock, self.errors("this process"):
             metadata = self.agent.get_partial_agent_metadata(self._beacon_descs, True, ["UCX"])
         return {
@@ -91,6 +97,7 @@ class NixlTransport(Transport):
         }
 
     def export(self, region: Region) -> dict[str, Any] | None:
+        self._deregister()
         descs = self._register(region.address, region.nbytes, region.kind, region.device)
         self._registered[region.region_id] = descs
         with self.lock, self.errors("this process"):
@@ -101,8 +108,8 @@ class NixlTransport(Transport):
         self._beacon.remove(region)
         descs = self._registered.pop(region.region_id, None)
         if descs is not None:
-            with self.lock, self.errors("this process"):
-                self.agent.deregister_memory(descs)
+            self._lingering.append((time.monotonic() + _LINGER_S, descs, region.buffer))
+        self._deregister()
 
     def connect(self, offer: Mapping[str, Any], *, peer: str, incarnation: Incarnation, deadline_s: float) -> Link:
         name = str(offer["agent"])
@@ -128,10 +135,12 @@ class NixlTransport(Transport):
         agent = self.__dict__.pop("agent", None)
         if agent is None:
             return
-        for descs in (*self._registered.values(), self._beacon_descs, self._words_descs):
+        lingering = [descs for _until_s, descs, _buffer in self._lingering]
+        for descs in (*self._registered.values(), *lingering, self._beacon_descs, self._words_descs):
             with contextlib.suppress(TransportError), self.errors("this process"):
                 agent.deregister_memory(descs)
         self._registered.clear()
+        self._lingering.clear()
         self._words.close()
 
     def forget(self, link: NixlLink, name: str) -> None:
@@ -144,6 +153,13 @@ class NixlTransport(Transport):
                 # A dead peer can't be parted from in good order; nothing is held of it afterwards either way.
                 with contextlib.suppress(TransportError), self.errors(name):
                     self.agent.remove_remote_agent(name)
+
+    def _deregister(self) -> None:
+        """Let go of what was taken back long enough ago."""
+        with self.lock, self.errors("this process"):
+            while self._lingering and self._lingering[0][0] <= time.monotonic():
+                _until_s, descs, _buffer = self._lingering.popleft()
+                self.agent.deregister_memory(descs)
 
     def word_address(self, index: int) -> int:
         return self._words.address + 8 * index

@@ -10,14 +10,14 @@ registered, so that a wrong token or freed memory is refused before any byte mov
 from __future__ import annotations
 
 import os
-import select
 import threading
 from collections.abc import Mapping as Dict
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import msgspec
 import numpy as np
+import numpy.typing as npt
 
 from kvferry.errors import LeaseExpired, PeerGone, RegistrationError, TransportError
 from kvferry.transport.base import BlockList, Guard, Link, Region, RemoteRegion, StopToken, Transport
@@ -31,7 +31,18 @@ from kvferry.transport.beacon import (
     slot_nonce,
     slot_offset,
 )
-from kvferry.transport.copying import SLICE_BYTES, Limits, copy_list, load_word, slices
+from kvferry.transport.copying import (
+    OTHER_WORD,
+    SLICE_BYTES,
+    SMALL_BYTES,
+    STANDS,
+    Limits,
+    copy_checked,
+    copy_list,
+    is_dead,
+    load_word,
+    slices,
+)
 from kvferry.transport.inproc import require_word
 from kvferry.transport.memory import Mapping, size_is_sealed
 from kvferry.transport.registry import TransportContext
@@ -47,6 +58,16 @@ class ShmHandle(msgspec.Struct, frozen=True):
     fd: int | None = None
     inode: int = 0
     offset: int = 0
+
+
+class _Place(NamedTuple):
+    """A mapped region as a small read needs it: its first byte here, its slot, what the slot must hold."""
+
+    region: RemoteRegion
+    address: int
+    slot: int
+    nonce: int
+    kept: Mapping
 
 
 class ShmTransport(Transport):
@@ -102,6 +123,7 @@ class ShmLink(Link):
         self._mappings: dict[tuple[int, bool], Mapping] = {}
         self._slots: dict[tuple[int, str], tuple[int, int]] = {}
         self._handles: dict[tuple[int, str], ShmHandle] = {}
+        self._places: dict[str, _Place] = {}
         self._closed = False
         try:
             self._beacon = self._map_file(int(offer["fd"]), None, writable=False, least=BEACON_BYTES)
@@ -119,6 +141,53 @@ class ShmLink(Link):
             return
         if self.load_word(self.guard_region(guard), guard.offset, deadline_s=deadline_s) != guard.word:
             raise LeaseExpired("the lease's word changed while its blocks were read: recompute", peer=self._peer)
+
+    def read_block(self, block: BlockList, *, guard: Guard | None, deadline_s: float) -> None:
+        remote, local, sources, targets, nbytes = block
+        place = self._places.get(remote.token)
+        if place is not None and place.region is remote and nbytes <= SMALL_BYTES:
+            target, source = local.address + targets.item(), place.address + sources.item()  # type: ignore[union-attr]
+            if guard is None:
+                found = copy_checked(target, source, nbytes, self.pidfd, place.slot, place.nonce)
+            else:
+                found = self._copy_guarded(target, source, nbytes, place, guard)
+            if found == STANDS and not self._closed:
+                return
+            if found == OTHER_WORD:
+                raise LeaseExpired("the lease's word changed while its blocks were read: recompute", peer=self._peer)
+        # What is wrong, or not known yet, the long way finds out.
+        super().read_block(block, guard=guard, deadline_s=deadline_s)
+        assert isinstance(remote, RemoteRegion)
+        self._remember(remote)
+        if guard is not None:
+            self._remember(self.guard_region(guard))
+
+    def _copy_guarded(self, target: int, source: int, nbytes: int, place: _Place, guard: Guard) -> int | None:
+        """What `copy_checked` found; None where the word's region is not known yet, or has no such word."""
+        region_id, offset, word = guard
+        holder = self.regions.get(region_id)
+        words = None if holder is None else self._places.get(holder.token)
+        if (
+            words is None
+            or words.region is not holder
+            or word < 0
+            or offset % 8
+            or not 0 <= offset <= holder.nbytes - 8
+        ):
+            return None
+        address = words.address + offset
+        return copy_checked(
+            target, source, nbytes, self.pidfd, place.slot, place.nonce, words.slot, words.nonce, address, word
+        )
+
+    def _remember(self, remote: RemoteRegion) -> None:
+        base, kept = self._base(remote, writing=False)
+        if base is None or kept is None:
+            return
+        slot, nonce = self._find_slot(remote)
+        with self._lock:
+            if not self._closed and self.regions.get(remote.region_id) is remote:
+                self._places[remote.token] = _Place(remote, base, slot, nonce, kept)
 
     def write(self, blocks: list[BlockList], *, stop: StopToken, deadline_s: float) -> None:
         self._copy(blocks, stop, deadline_s, writing=True)
@@ -141,6 +210,25 @@ class ShmLink(Link):
         self._require_registered(region)
         return word
 
+    def mapped(self, region: RemoteRegion) -> npt.NDArray[np.uint8] | None:
+        self._require_registered(region)
+        base, mapping = self._base(region, writing=False)
+        if base is None or mapping is None:
+            return None
+        first = base - mapping.address
+        return np.asarray(mapping)[first : first + region.nbytes]
+
+    def forget(self, region: RemoteRegion) -> None:
+        key = region.region_id, region.token
+        with self._lock:
+            self._places.pop(region.token, None)
+            self._slots.pop(key, None)
+            handle = self._handles.pop(key, None)
+            if handle is not None and all(o.inode != handle.inode for o in list(self._handles.values())):
+                # Mapped, the memory would stay the owner's for as long as this link lives.
+                self._mappings.pop((handle.inode, False), None)
+                self._mappings.pop((handle.inode, True), None)
+
     def close(self) -> None:
         with self._lock:
             if self._closed:
@@ -148,6 +236,7 @@ class ShmLink(Link):
             self._closed = True
             # A copy under way keeps its own reference; the last one unmaps.
             self._mappings.clear()
+            self._places.clear()
             os.close(self.pidfd)
 
     def _copy(self, blocks: list[BlockList], stop: StopToken, deadline_s: float, *, writing: bool) -> None:
@@ -271,10 +360,7 @@ class ShmLink(Link):
 
     def _require_alive(self) -> None:
         # Without a lock: closed in between, the poll fails or shows an event, and that means "gone" too.
-        # A poll object of its own for each call: one that several threads share refuses the second.
-        death = select.poll()
-        death.register(self.pidfd, select.POLLIN)
-        if self._closed or death.poll(0):
+        if self._closed or is_dead(self.pidfd):
             gone = "the link to the peer was closed" if self._closed else f"process {self._pid} is dead"
             raise PeerGone(gone, peer=self._peer)
 

@@ -11,14 +11,15 @@ import contextlib
 import errno
 import socket
 import struct
+import time
 from typing import Literal
 
 import msgspec
 
 from kvferry.errors import KVError, PeerGone, TransferTimeout, WireError
-from kvferry.transport.copying import Limits
+from kvferry.transport.copying import Limits, receive_soon
 from kvferry.transport.registry import TransportSettings
-from kvferry.transport.vectors import VectorCursor, Vectors, merge_adjacent
+from kvferry.transport.vectors import MAX_VECTORS, VectorCursor, Vectors, merge_adjacent
 from kvferry.types import Incarnation
 from kvferry.wire import HEADER, MAGIC, Codec, Frame, Handshake, Session
 
@@ -28,11 +29,14 @@ TICK_S = 0.05
 
 MAX_REQUEST_BYTES = 4 << 20
 MAX_STATUS_BYTES = 4096
-VECTORS_PER_CALL = 64
-"""Blocks a system call; more bring nothing, because a socket buffer holds only a few."""
+VECTORS_PER_CALL = MAX_VECTORS
+"""Blocks a system call: between two of them nothing moves, while a stream waits for the GIL and for Python."""
 
-SMALL_BYTES = 64 << 10
-"""Up to here a block is copied once more at the owner, so that verdict and bytes leave in one call."""
+AWAKE_US = 150
+"""How long a frame is waited for without sleeping, on a stream whose last one came within BUSY_S. Waking a core of a
+virtual machine took up to that long here."""
+
+BUSY_S = 1e-3
 
 
 class Part(msgspec.Struct, frozen=True, array_like=True):
@@ -92,8 +96,8 @@ GOOD = b"\0"
 TRAILER = struct.Struct("<Bq16s")
 """Verdict, word seen, digest."""
 
-STANDS, BROKEN, RESTARTED = 0, 1, 2
-"""Verdicts: the guard's word stands (or there was none); it was another one; the region was withdrawn meanwhile."""
+STANDS, BROKEN = 0, 1
+"""Verdicts: the guard's word stands (or there was none); it was another one."""
 
 STATUS_FRAME_BYTES = HEADER.size + len(GOOD)
 TRAILER_FRAME_BYTES = HEADER.size + TRAILER.size
@@ -104,6 +108,7 @@ class DataStream:
 
     def __init__(self, sock: socket.socket, session: Session, peer: str) -> None:
         self.socket, self.session, self.peer = sock, session, peer
+        self._awake = False
 
     def abort(self) -> None:
         """Wake whoever waits on this stream; their calls fail."""
@@ -140,13 +145,32 @@ class DataStream:
             expect: payload bytes that there will be at least; read together with the header.
         Raises: WireError for a bad or too large frame, PeerGone, and what `limits` raises.
         """
-        data = self.receive(HEADER.size + expect, limits)
+        data = bytearray(HEADER.size + expect)
+        self._await_frame(memoryview(data), limits)
         magic, length, check = HEADER.unpack_from(data)
         if magic != MAGIC or length > max_bytes or length < expect:
             raise WireError(f"the data stream is out of step: a frame of {length} bytes with magic {magic!r}")
         if length > expect:
             data += self.receive(length - expect, limits)
         return self.session.open(Frame(check, bytes(memoryview(data)[HEADER.size :])))
+
+    def _await_frame(self, place: memoryview, limits: Limits | None) -> None:
+        """Fill `place` with the beginning of the next frame. Sleeps at once, unless frames have come quickly of late:
+        being woken takes longer than a small block does."""
+        if self._awake:
+            try:
+                got = receive_soon(self.socket.fileno(), place, AWAKE_US)
+            except OSError as error:
+                self._waited(error, limits)
+                got = None
+            if got == 0:
+                raise PeerGone("the peer closed the data stream", peer=self.peer)
+            if got is not None:
+                self.receive_into(place[got:], limits)
+                return
+        slept_s = time.perf_counter()
+        self.receive_into(place, limits)
+        self._awake = time.perf_counter() - slept_s < BUSY_S
 
     def receive_into(self, place: memoryview, limits: Limits | None = None) -> None:
         """Fill `place`. Raises: PeerGone, and what `limits` raises."""

@@ -25,13 +25,12 @@ from kvferry.errors import (
     TransportError,
 )
 from kvferry.transport.base import BlockList, Guard, Link, Region, RemoteRegion, StopToken, Transport
-from kvferry.transport.copying import Limits, slices
+from kvferry.transport.copying import SMALL_BYTES, Limits, slices
 from kvferry.transport.registry import TransportContext
 from kvferry.transport.streams import (
     BROKEN,
     GOOD,
     MAX_STATUS_BYTES,
-    SMALL_BYTES,
     TRAILER,
     BlockRequest,
     DataStream,
@@ -47,7 +46,7 @@ from kvferry.transport.tcp_owner import StreamListener, StreamServer
 from kvferry.transport.vectors import Vectors, digest_of, vectors_of, view_of
 from kvferry.types import Incarnation
 
-CHUNK_BYTES = 32 << 20
+CHUNK_BYTES = 64 << 20
 CHUNK_BLOCKS = 4096
 REQUESTS_AHEAD = 2
 _DRAIN_S = 1.0

@@ -17,7 +17,7 @@ import numpy as np
 from kvferry.errors import KVError, RegistrationError, WireError
 from kvferry.transport.base import Region, StopToken
 from kvferry.transport.blocks import require_inside
-from kvferry.transport.copying import Limits, load_word
+from kvferry.transport.copying import SMALL_BYTES, Limits, load_word
 from kvferry.transport.inproc import require_word
 from kvferry.transport.registry import TransportContext
 from kvferry.transport.streams import (
@@ -26,7 +26,6 @@ from kvferry.transport.streams import (
     MAX_REQUEST_BYTES,
     MAX_STATUS_BYTES,
     PREFACE,
-    SMALL_BYTES,
     STANDS,
     TRAILER,
     BlockRequest,
@@ -122,30 +121,51 @@ class StreamServer:
     def _answer(self, stream: DataStream, payload: bytes) -> None:
         request = requests.decode(payload)
         try:
-            if isinstance(request, WordRequest | BlockRequest):
+            if isinstance(request, BlockRequest):
+                stream.send(self._copy_block(stream, request))
+                return
+            if isinstance(request, WordRequest):
                 wanted = {request.region_id: request.token}
             else:
                 wanted = {part.region_id: part.token for part in request.parts}
-            guard = request.guard if isinstance(request, ReadRequest | BlockRequest) else None
+            guard = request.guard if isinstance(request, ReadRequest) else None
             if guard is not None:
                 wanted[guard[0]] = guard[1]
             regions = self._begin(stream, wanted, writing=isinstance(request, WriteRequest))
             try:
                 match request:
-                    case BlockRequest():
-                        _serve_block(stream, request, regions[request.region_id], regions)
                     case ReadRequest():
-                        _serve_read(stream, request, _vectors(request.parts, regions), regions)
+                        last = _serve_read(stream, request, _vectors(request.parts, regions), regions)
                     case WriteRequest():
-                        _serve_write(stream, request, _vectors(request.parts, regions))
+                        last = _serve_write(stream, request, _vectors(request.parts, regions))
                     case WordRequest():
-                        _serve_word(stream, request, regions[request.region_id])
+                        last = _serve_word(stream, request, regions[request.region_id])
             finally:
                 self._end(stream)
+            # Only now, for it ends the reader's wait: memory that is taken back from here on is in nobody's use, and
+            # `withdraw` has no reason to break this stream off.
+            stream.send(last)
         except RegistrationError as error:
             # Padded: a reader of one block takes that many bytes at once.
             refused = refusals.encode(Refused(error.cause, error.message[:_MAX_MESSAGE].ljust(TRAILER.size)))
             stream.send_frame(b"\1" + refused)
+
+    def _copy_block(self, stream: DataStream, request: BlockRequest) -> bytes:
+        """One small block behind its verdict, ready to be sent. Copied out here and now, so that the region need not be
+        kept from being withdrawn while the bytes travel. Raises: RegistrationError."""
+        with self._changed:
+            regions = {request.region_id: self._require(request.region_id, request.token, False)}
+            if request.guard is not None:
+                regions[request.guard[0]] = self._require(request.guard[0], request.guard[1], False)
+            region = regions[request.region_id]
+            if not (0 < request.nbytes <= SMALL_BYTES and 0 <= request.offset <= region.nbytes - request.nbytes):
+                raise RegistrationError(
+                    f"offset {request.offset} and {request.nbytes} bytes are no small block inside of region "
+                    f"{region.region_id}"
+                )
+            copied = ctypes.string_at(region.address + request.offset, request.nbytes)
+            verdict = _verdict(request.guard, regions, bytes(16))
+        return stream.session.seal(verdict) + copied
 
     def _begin(self, stream: DataStream, wanted: dict[int, str], *, writing: bool) -> dict[int, Region]:
         """The regions, kept from being withdrawn until `_end`. Raises: RegistrationError."""
@@ -188,27 +208,17 @@ def _vectors(parts: tuple[Part, ...], regions: dict[int, Region]) -> Vectors:
     return rows[0] if len(rows) == 1 else np.concatenate(rows)
 
 
-def _serve_block(stream: DataStream, request: BlockRequest, region: Region, regions: dict[int, Region]) -> None:
-    """One small block, without arrays. Copied out first, so that the verdict can go ahead of it in the same call."""
-    if not (0 < request.nbytes <= SMALL_BYTES and 0 <= request.offset <= region.nbytes - request.nbytes):
-        raise RegistrationError(
-            f"offset {request.offset} and {request.nbytes} bytes are no small block inside of region {region.region_id}"
-        )
-    copied = ctypes.string_at(region.address + request.offset, request.nbytes)
-    stream.send(stream.session.seal(_verdict(request.guard, regions, bytes(16))) + copied)
-
-
-def _serve_word(stream: DataStream, request: WordRequest, region: Region) -> None:
+def _serve_word(stream: DataStream, request: WordRequest, region: Region) -> bytes:
     require_word(request.offset, region.nbytes, stream.peer)
     word = load_word(region.address + request.offset)
-    stream.send(stream.session.seal(GOOD) + stream.session.seal(TRAILER.pack(STANDS, word, bytes(16))))
+    return stream.session.seal(GOOD) + stream.session.seal(TRAILER.pack(STANDS, word, bytes(16)))
 
 
-def _serve_read(stream: DataStream, request: ReadRequest, vectors: Vectors, regions: dict[int, Region]) -> None:
+def _serve_read(stream: DataStream, request: ReadRequest, vectors: Vectors, regions: dict[int, Region]) -> bytes:
     stream.send_frame(GOOD)
     stream.send_vectors(vectors)
     digest = digest_of(vectors) if request.digest else bytes(16)
-    stream.send_frame(_verdict(request.guard, regions, digest))
+    return stream.session.seal(_verdict(request.guard, regions, digest))
 
 
 def _verdict(guard: tuple[int, str, int, int] | None, regions: dict[int, Region], digest: bytes) -> bytes:
@@ -220,11 +230,11 @@ def _verdict(guard: tuple[int, str, int, int] | None, regions: dict[int, Region]
     return TRAILER.pack(STANDS if seen == word else BROKEN, seen, digest)
 
 
-def _serve_write(stream: DataStream, request: WriteRequest, vectors: Vectors) -> None:
+def _serve_write(stream: DataStream, request: WriteRequest, vectors: Vectors) -> bytes:
     stream.send_frame(GOOD)
     stream.receive_vectors(vectors)
     digest = digest_of(vectors) if request.digest else bytes(16)
-    stream.send_frame(TRAILER.pack(STANDS, 0, digest))
+    return stream.session.seal(TRAILER.pack(STANDS, 0, digest))
 
 
 class StreamListener:

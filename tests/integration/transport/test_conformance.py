@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from kvferry.testing.conformance import TransportConformance
+from kvferry.testing.conformance import Case, TransportConformance, wait_until
 from kvferry.transfer import TransferSettings
 
 
@@ -25,6 +26,19 @@ class TestInproc(TransportConformance):
 
 class TestSharedMemory(TransportConformance):
     transports = ("shm",)
+
+    def test_memory_that_was_taken_back_is_unmapped(self, case: Case) -> None:
+        """Mapped here, the owner could not free it."""
+        inode = str(case.source.handles["shm"]["inode"])
+        case.read(case.blocks([0], [0]))
+        case.reader.engine.read_sync(case.peer, case.blocks([0], [0], 4096), deadline_s=5.0)
+        assert inode in mapped_inodes()
+        case.owner.call("unregister", case.source.region_id)
+        wait_until(lambda: inode not in mapped_inodes())
+
+
+def mapped_inodes() -> set[str]:
+    return {line.split()[4] for line in Path("/proc/self/maps").read_text().splitlines()}
 
 
 class TestProcessMemory(TransportConformance):

@@ -26,6 +26,7 @@ from kvferry.errors import (
     TransportError,
 )
 from kvferry.transport.base import BlockList, Guard, Region, RemoteRegion, StopToken
+from kvferry.transport.copying import Limits
 from kvferry.transport.registry import TransportContext, TransportSettings
 from kvferry.types import new_incarnation
 
@@ -387,6 +388,20 @@ def test_a_gpu_that_hangs_is_an_error_and_its_memory_is_not_unmapped(gpu: FakeGp
     pair.link.close()
     assert gpu.closed == []
     pair.close()
+
+
+def test_a_lane_that_could_not_be_made_is_made_later(gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    room = importlib.import_module("kvferry.transport.cuda_copy")
+    copier = room.BlockCopier(0, room.CudaSettings(lanes=1))
+
+    def out_of_memory(nbytes: int) -> int:
+        raise TransportError("cudaMalloc failed: cudaErrorMemoryAllocation")
+
+    with monkeypatch.context() as patch, pytest.raises(TransportError, match="cudaMalloc"):
+        patch.setattr(room.cuda, "allocate", out_of_memory)
+        copier.copy([], Limits(StopToken(), 5.0, "peer"))
+    copier.copy([], Limits(StopToken(), 0.5, "peer"))
+    copier.close()
 
 
 def test_a_handle_is_opened_once_and_closed_with_the_link(pair: Pair, gpu: FakeGpu) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import gc
 import os
 import socket
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,19 @@ from kvferry.errors import (
 from kvferry.transfer.regions import RegionTable
 from kvferry.transport import copying
 from kvferry.transport.base import BlockList, Region, RemoteRegion, StopToken
-from kvferry.transport.copying import Limits, batches, copy_blocks, copy_list, slices
+from kvferry.transport.copying import (
+    DEAD,
+    OTHER_WORD,
+    STANDS,
+    UNREGISTERED,
+    Limits,
+    batches,
+    copy_blocks,
+    copy_checked,
+    copy_list,
+    receive_soon,
+    slices,
+)
 from kvferry.transport.memory import SharedBuffer, WordTable, find_backing, size_is_sealed
 from kvferry.transport.registry import TransportContext, TransportSettings, create_transport, register_transport
 from kvferry.transport.tcp import StreamCount, split_address
@@ -129,6 +143,46 @@ def test_blocks_are_copied_exactly(either_copy: None, nbytes: int, streaming: bo
     for s, t in zip(from_, to, strict=True):
         wanted[t : t + nbytes] = source[s : s + nbytes]
     assert np.array_equal(target, wanted)
+
+
+def test_a_checked_copy_tells_what_no_longer_stands(either_copy: None) -> None:
+    slot, word_slot, word = words = np.array([11, 22, 2**63 - 1], dtype=np.int64)
+    source, target = np.arange(200, dtype=np.uint8), np.zeros(200, dtype=np.uint8)
+    at = [words.ctypes.data + 8 * index for index in range(3)]
+    child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    pidfd = os.pidfd_open(child.pid)
+    place = target.ctypes.data, source.ctypes.data + 10, 100, pidfd
+    try:
+        assert copy_checked(*place, at[0], int(slot)) == STANDS
+        assert np.array_equal(target[:100], source[10:110]) and not target[100:].any()
+        target[:] = 0
+        guarded = at[0], int(slot), at[1], int(word_slot), at[2], int(word)
+        assert copy_checked(*place, *guarded) == STANDS
+        assert copy_checked(*place, *guarded[:5], 5) == OTHER_WORD
+        target[:] = 0
+        assert copy_checked(*place, at[0], 12) == copy_checked(*place, *guarded[:3], 23, *guarded[4:]) == UNREGISTERED
+        assert not target.any()
+        child.communicate(b"\n")
+        assert copy_checked(*place, *guarded) == DEAD
+    finally:
+        child.kill()
+        child.wait()
+        os.close(pidfd)
+
+
+def test_what_comes_soon_is_received_without_sleeping() -> None:
+    if copying._copy is None:
+        pytest.skip("built without a C compiler")
+    near, far = socket.socketpair()
+    place = memoryview(bytearray(10))
+    with near:
+        with far:
+            assert receive_soon(near.fileno(), place, 100) is None
+            far.send(b"abc")
+            assert receive_soon(near.fileno(), place, 100) == 3 and place[:3] == b"abc"
+        assert receive_soon(near.fileno(), place, 100) == 0
+        with pytest.raises(OSError):
+            receive_soon(-1, place, 100)
 
 
 def test_a_copy_looks_at_its_limits() -> None:
