@@ -37,9 +37,9 @@ COMMANDS = {
     "engine": Command("kvferry.connector.transformers.command", "run one instance of the embedded engine"),
     "doctor": Command("kvferry.doctor.command", "find out why a cluster does not work"),
     "node": Command("kvferry.pool.command", "run one node of the KV pool"),
-    "pool": Command("kvferry.pool.command", "look into a node of the KV pool, or clear it"),
+    "pool": Command("kvferry.pool.command", "look into a node of the KV pool, drain or clear it"),
     "sim": Command("kvferry.sim.command", "run the protocol under a virtual clock and look for faults"),
-    "bench": Command("kvferry.transfer.command", "measure the transfer engine beside other systems"),
+    "bench": Command("kvferry.pool.bench.command", "measure the transfer engine or the pool beside other systems"),
 }
 
 _EXTRAS = {"torch": "engine", "transformers": "engine", "safetensors": "engine", "tokenizers": "engine"}

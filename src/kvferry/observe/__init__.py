@@ -5,13 +5,22 @@ Every room above `protocol` uses this one, so that a request can be followed thr
 
 from kvferry.observe.listeners import LISTENING, PortHolder, holder_of_port, port_taken, tell_listening
 from kvferry.observe.logs import Log, configure_logs, get_log
-from kvferry.observe.metrics import HandoffMetrics, InstanceMetrics, RequestMetrics, render_metrics
+from kvferry.observe.metrics import (
+    HandoffMetrics,
+    InstanceMetrics,
+    PoolMetrics,
+    PoolReading,
+    RequestMetrics,
+    render_metrics,
+)
 
 __all__ = [
     "LISTENING",
     "HandoffMetrics",
     "InstanceMetrics",
     "Log",
+    "PoolMetrics",
+    "PoolReading",
     "PortHolder",
     "RequestMetrics",
     "configure_logs",

@@ -1,4 +1,4 @@
-"""Which blocks of the host tier are also written to disk. Pure."""
+"""Which blocks of the host tier are also written to disk, and which come back before they are asked for. Pure."""
 
 from __future__ import annotations
 
@@ -27,3 +27,14 @@ def admit_to_disk(*, nbytes: int, depth: int, reuses: int, load: DiskLoad) -> bo
     if filled > 1:
         return False
     return filled <= 0.5 or reuses > 0 or depth < 8
+
+
+def admit_prefetch(*, wanted: int, num_slabs: int, num_loading: int, waiting_gets: int) -> int:
+    """How many of `wanted` blocks, which somebody may ask for soon, are brought from disk into host memory now.
+
+    At most a quarter of the memory is on its way at once, as what comes in makes other blocks leave. While gets wait
+    for the disk themselves nothing is fetched ahead of them.
+    """
+    if waiting_gets:
+        return 0
+    return max(0, min(wanted, max(1, num_slabs // 4) - num_loading))

@@ -24,8 +24,14 @@ from kvferry.observe import get_log
 from kvferry.pool.arena import new_word
 from kvferry.pool.keys import BlockSpace, Tier, require_hashes
 from kvferry.pool.messages import (
+    AskBlocks,
+    AskSpaces,
     AskStat,
+    Blocks,
+    BlockStat,
     Counted,
+    Drain,
+    DrainState,
     Exists,
     Failed,
     GetBlocks,
@@ -33,11 +39,14 @@ from kvferry.pool.messages import (
     Message,
     NodeStat,
     Pin,
+    Prefetch,
     PutBlocks,
     PutDone,
     Release,
     Remove,
     Reply,
+    Spaces,
+    SpaceStat,
     Tiers,
     Unpin,
 )
@@ -98,7 +107,7 @@ class PoolClient:
         Args:
             address: the node's `tcp://host:port`.
             space: what this engine's blocks are (model, namespace).
-            deadline_s: for each call.
+            deadline_s: for each call. After one that passed it, calls are misses at once for twice as long.
         """
         space.require_valid()
         self.space, self.deadline_s = space, deadline_s
@@ -139,15 +148,10 @@ class PoolClient:
 
     # Calls
 
-    async def exists(self, hashes: Sequence[bytes], *, namespace: str | None = None) -> list[Tier | None]:
-        """For each block the fastest tier that holds it; all None where the node can't be asked.
-
-        Args:
-            namespace: where it is another than this client's own; so in the calls below.
-        """
-        space = self.space.named(namespace)
+    async def exists(self, hashes: Sequence[bytes]) -> list[Tier | None]:
+        """For each block the fastest tier that holds it; all None where the node can't be asked."""
         try:
-            return (await self._ask(Exists(next(self._ids), space, list(hashes)), Tiers)).tiers
+            return (await self._ask(Exists(next(self._ids), self.space, list(hashes)), Tiers)).tiers
         except (TransportError, PoolError) as error:
             self._count(error)
             return [None] * len(hashes)
@@ -159,7 +163,6 @@ class PoolClient:
         places: Places,
         *,
         prefix: bool = True,
-        namespace: str | None = None,
     ) -> GetResult:
         """Copy blocks from the pool into registered memory here.
 
@@ -176,7 +179,7 @@ class PoolClient:
         until_s = time.monotonic() + self.deadline_s
         try:
             peer = await self._connect(until_s)
-            request = GetBlocks(lease_id, self.space.named(namespace), list(hashes), block_bytes(parts), prefix)
+            request = GetBlocks(lease_id, self.space, list(hashes), block_bytes(parts), prefix)
             lease = await self._ask_peer(peer, request, Leased, until_s)
             if not any(lease.found):
                 return GetResult(missed)
@@ -211,7 +214,6 @@ class PoolClient:
         *,
         first: int = 0,
         length: int = 0,
-        namespace: str | None = None,
     ) -> PutResult:
         """Copy blocks into the pool; the memory may change again when this returns, whatever the result.
 
@@ -230,7 +232,7 @@ class PoolClient:
             peer = await self._connect(until_s)
             request = PutBlocks(
                 id=request_id,
-                space=self.space.named(namespace),
+                space=self.space,
                 hashes=list(hashes),
                 parts=list(parts),
                 places=sources.tolist(),
@@ -264,17 +266,48 @@ class PoolClient:
         """Take back one pin of each."""
         return (await self._ask(Unpin(next(self._ids), self.space, list(hashes)), Counted)).count
 
+    async def prefetch(self, hashes: Sequence[bytes]) -> int:
+        """Let the node bring what it has of these blocks on disk only into host memory, as they may be asked for soon.
+
+        Returns: how many are on their way; 0 where the node can't be asked.
+        """
+        require_hashes(list(hashes))
+        try:
+            return (await self._ask(Prefetch(next(self._ids), self.space, list(hashes)), Counted)).count
+        except (TransportError, PoolError) as error:
+            self._count(error)
+            return 0
+
     async def remove(self, hashes: Sequence[bytes]) -> int:
-        """Forget these blocks; returns how many there were."""
+        """Forget these blocks, on all nodes of the directory; returns how many copies there were.
+
+        Raises: PoolError where a node could not be told; it forgets the namespace when it hears from the directory.
+        """
         return (await self._ask(Remove(next(self._ids), self.space, list(hashes)), Counted)).count
 
     async def clear(self) -> int:
-        """Forget all blocks of this client's space."""
+        """Forget all blocks of this client's space, as `remove` does."""
         return (await self._ask(Remove(next(self._ids), self.space, None), Counted)).count
 
     async def stat(self) -> NodeStat:
         """The node's figures."""
         return await self._ask(AskStat(next(self._ids)), NodeStat)
+
+    async def spaces_everywhere(self) -> list[SpaceStat]:
+        """The spaces of which any node of the directory holds blocks, with their blocks and bytes over all nodes.
+
+        Raises: PoolError where a node can't be asked.
+        """
+        return (await self._ask(AskSpaces(next(self._ids)), Spaces)).spaces
+
+    async def served_most(self, limit: int) -> list[BlockStat]:
+        """The blocks of this client's namespace, of all models, that served most often."""
+        return (await self._ask(AskBlocks(next(self._ids), self.space.namespace, limit), Blocks)).blocks
+
+    async def drain(self, deadline_s: float) -> DrainState:
+        """Take the node out of service, within `deadline_s`; it begins with the first call, and others ask how far it
+        is."""
+        return await self._ask(Drain(next(self._ids), deadline_s), DrainState)
 
     # Inside
 
@@ -308,11 +341,11 @@ class PoolClient:
 
     async def _connect(self, until_s: float) -> Peer:
         async with self._connecting:
-            if self._peer is not None and self._peer.lost is None:
-                return self._peer
             now_s = time.monotonic()
             if now_s < self._retry_at_s:
                 raise TransportError(f"the pool node {self.address} was not reachable a moment ago")
+            if self._peer is not None and self._peer.lost is None:
+                return self._peer
             try:
                 self._peer = await self._engine.connect(self.address, deadline_s=max(0.001, until_s - now_s))
             except KVError:
@@ -377,6 +410,9 @@ class PoolClient:
 
     def _count(self, error: KVError) -> None:
         self.failures[error.cause] += 1
+        if isinstance(error, TransferTimeout):
+            # A node that is stopped costs one deadline, not one a call.
+            self._retry_at_s = time.monotonic() + 2 * self.deadline_s
         if error.cause != self._last_cause:
             self._last_cause = error.cause
             _log.warning("the pool did not serve; misses", node=self.address, cause=error.cause, error=str(error))

@@ -84,22 +84,20 @@ class PoolNodes:
         self._regions[region.region_id] = {self.home: region, **others}
         return region
 
-    async def exists(self, hashes: Sequence[bytes], *, namespace: str | None = None) -> list[Tier | None]:
+    async def exists(self, hashes: Sequence[bytes]) -> list[Tier | None]:
         """For each block the fastest tier in which any node holds it."""
-        answers = list((await self._ask_all(hashes, namespace)).values())
+        answers = list((await self._ask_all(hashes)).values())
         return [_fastest([answer[i] for answer in answers]) for i in range(len(hashes))]
 
-    async def longest_prefix(self, hashes: Sequence[bytes], *, namespace: str | None = None) -> int:
+    async def longest_prefix(self, hashes: Sequence[bytes]) -> int:
         """How many of these blocks, from the first on, `get` would find now: one node must have them all."""
-        return max(map(_prefix, (await self._ask_all(hashes, namespace)).values()))
+        return max(map(_prefix, (await self._ask_all(hashes)).values()))
 
     async def get(
         self,
         hashes: Sequence[bytes],
         parts: Sequence[BlockPart],
         places: Places,
-        *,
-        namespace: str | None = None,
     ) -> GetResult:
         """Copy the longest prefix that a node has; arguments and result as those of `PoolClient.get`.
 
@@ -107,8 +105,8 @@ class PoolNodes:
             parts: in regions that `allocate` or `register` of this object gave.
         """
         if self._directory is None and len(self._clients) == 1:
-            return await self.home.get(hashes, parts, places, namespace=namespace)
-        answers = await self._ask_all(hashes, namespace)
+            return await self.home.get(hashes, parts, places)
+        answers = await self._ask_all(hashes)
         # Stable, and this host's node is the first: it comes before others that have as much.
         ranked = sorted(answers, key=lambda client: -_prefix(answers[client]))
         result = GetResult([False] * len(hashes))
@@ -116,7 +114,7 @@ class PoolNodes:
             if _prefix(answers[client]) <= result.num_prefix:
                 break
             # The one before had less than was said of it, or is gone. Its blocks may be overwritten from here on.
-            result = await client.get(hashes, self._parts_of(client, parts), places, namespace=namespace)
+            result = await client.get(hashes, self._parts_of(client, parts), places)
         return result
 
     async def put(
@@ -127,35 +125,34 @@ class PoolNodes:
         *,
         first: int = 0,
         length: int = 0,
-        namespace: str | None = None,
     ) -> PutResult:
         """Copy blocks into this host's node; arguments and result as those of `PoolClient.put`."""
-        return await self.home.put(hashes, parts, places, first=first, length=length, namespace=namespace)
+        return await self.home.put(hashes, parts, places, first=first, length=length)
 
     async def remove(self, hashes: Sequence[bytes]) -> int:
-        """Forget these blocks on every node that may hold them; returns how many copies there were.
+        """Forget these blocks on every node; returns how many copies there were.
 
-        Raises: TransportError where a node, or the directory, can't be told. Some copies may be left then.
+        Raises: TransportError, PoolError where a node, or the directory, can't be told. Some copies may be left then,
+            until that node hears from the directory.
         """
         if self._directory is not None:
-            holders = await self._directory.lookup(self.home.space, hashes)
-            for address in set().union(*holders):
-                await self._client_of(address)
+            # This host's node tells all others of its directory.
+            return await self.home.remove(hashes)
         return sum(await asyncio.gather(*(client.remove(hashes) for client in self._clients)))
 
     def _parts_of(self, client: PoolClient, parts: Sequence[BlockPart]) -> list[BlockPart]:
         """The same memory as another node's connection names it."""
         return [msgspec.structs.replace(p, region=self._regions[p.region][client].region_id) for p in parts]
 
-    async def _ask_all(self, hashes: Sequence[bytes], namespace: str | None) -> dict[PoolClient, list[Tier | None]]:
+    async def _ask_all(self, hashes: Sequence[bytes]) -> dict[PoolClient, list[Tier | None]]:
         if self._directory is None:
-            answers = await asyncio.gather(*(client.exists(hashes, namespace=namespace) for client in self._clients))
+            answers = await asyncio.gather(*(client.exists(hashes) for client in self._clients))
             return dict(zip(self._clients, answers, strict=True))
-        here = await self.home.exists(hashes, namespace=namespace)
+        here = await self.home.exists(hashes)
         if _prefix(here) == len(hashes):
             return {self.home: here}
         try:
-            holders = await self._directory.lookup(self.home.space.named(namespace), hashes)
+            holders = await self._directory.lookup(self.home.space, hashes)
         except TransportError as error:
             _log.warning("the directory can't be asked; only this host's node is", cause=error.cause, error=str(error))
             return {self.home: here}

@@ -1,4 +1,4 @@
-"""`kvferry node` runs a node of the pool; `kvferry pool` looks into one, or clears it."""
+"""`kvferry node` runs a node of the pool; `kvferry pool` looks into one, drains or clears it."""
 
 from __future__ import annotations
 
@@ -6,21 +6,28 @@ import argparse
 import asyncio
 import signal
 import sys
-from typing import Any
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, TypeVar
 
 import msgspec
 
-from kvferry.config import Settings, add_flags, cluster_secret, load_settings, parse_size
+from kvferry.config import Settings, add_flags, cluster_secret, load_settings, parse_size, parse_time
 from kvferry.errors import ConfigError
 from kvferry.observe import configure_logs, get_log, tell_listening
 from kvferry.pool.client import PoolClient
 from kvferry.pool.directory import Directory
 from kvferry.pool.keys import BlockSpace
-from kvferry.pool.messages import NodeStat, SpaceStat
+from kvferry.pool.messages import BlockStat, DrainState, SpaceStat
+from kvferry.pool.metrics_server import MetricsServer
 from kvferry.pool.node import PoolNode
+from kvferry.pool.report import blocks_text, drain_text, spaces_text, stat_text
 from kvferry.pool.settings import PoolSettings
 
 _log = get_log(__name__)
+T = TypeVar("T")
+ANSWER_S = 10.0
+"""A drained node answers within this after its deadline, as it has yet to leave the directory."""
+
 _NO_SPACE = BlockSpace(bytes(32))
 
 
@@ -34,12 +41,13 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
     )
     add_flags(node, "pool", "cluster", "log", bare=("pool",))
     node.set_defaults(run=run_node)
-    pool = subparsers.add_parser("pool", help="look into a node of the KV pool, or clear it")
+    pool = subparsers.add_parser("pool", help="look into a node of the KV pool, drain or clear it")
     asks = pool.add_subparsers(title="requests", metavar="REQUEST", required=True)
     for name, run, text in (
         ("stat", run_stat, "a node's figures"),
-        ("ls", run_ls, "the spaces (model and namespace) that a node holds blocks of"),
-        ("clear", run_clear, "forget all blocks of a namespace, or of all"),
+        ("ls", run_ls, "the spaces (model and namespace) that a node holds blocks of, or a namespace's hottest blocks"),
+        ("drain", run_drain, "copy a node's hot blocks to others and take it out of the directory"),
+        ("clear", run_clear, "forget all blocks of a namespace, or of all, on all nodes of the directory"),
     ):
         ask = asks.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
         ask.add_argument("--node", required=True, metavar="URL", help="where the node listens: tcp://host:port")
@@ -50,6 +58,11 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
             which.add_argument("--all", action="store_true", help="every block")
         else:
             ask.add_argument("--json", action="store_true", help="print JSON")
+        if name == "ls":
+            ask.add_argument("--namespace", metavar="NAMESPACE", help="its blocks that served most often")
+            ask.add_argument("--limit", type=int, default=20, metavar="N", help="blocks shown (default 20)")
+        if name == "drain":
+            ask.add_argument("--deadline", default="60s", metavar="TIME", help="it ends within this (default 60s)")
         ask.set_defaults(run=run)
 
 
@@ -72,13 +85,19 @@ async def serve(settings: Settings, secret: bytes | None) -> None:
         advertise_host=settings.cluster.advertise_host,
     )
     loop, stop = asyncio.get_running_loop(), asyncio.Event()
+    metrics: MetricsServer | None = None
     try:
         await node.start()
+        if settings.pool.metrics_port is not None:
+            metrics = MetricsServer(node.metrics, settings.pool.metrics_host, settings.pool.metrics_port)
+            _log.info("metrics are served", url=await metrics.start())
         for signum in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(signum, stop.set)
         tell_listening(node.address)
         await stop.wait()
     finally:
+        if metrics is not None:
+            await metrics.close()
         await node.close()
         if directory is not None:
             await directory.close()
@@ -115,25 +134,46 @@ def node_settings(settings: Settings) -> PoolSettings:
         disk_path=section.disk_path,
         disk_bytes=section.disk_bytes,
         lease_ttl_s=section.lease_ttl_s,
+        max_copies=section.max_copies,
     )
 
 
 def run_stat(args: argparse.Namespace) -> int:
     """Print a node's figures. Raises: KVError if it can't be asked."""
-    stat = asyncio.run(_stat(args))
-    _print(msgspec.json.encode(stat).decode() if args.json else describe(stat))
+    stat = asyncio.run(_ask(args, _NO_SPACE, PoolClient.stat))
+    _print(msgspec.json.encode(stat).decode() if args.json else stat_text(stat))
     return 0
 
 
 def run_ls(args: argparse.Namespace) -> int:
-    """Print the spaces of a node."""
-    spaces = asyncio.run(_stat(args)).spaces
-    if args.json:
-        _print("\n".join(msgspec.json.encode(space).decode() for space in spaces))
-        return 0
-    rows = [f"{s.namespace:<24} {s.fingerprint[:16]:<18} {s.blocks:>9} {s.host_bytes / 2**20:>12.1f}" for s in spaces]
-    _print("\n".join([f"{'namespace':<24} {'fingerprint':<18} {'blocks':>9} {'host MiB':>12}", *rows]))
+    """Print the spaces of a node, or the hottest blocks of one namespace."""
+    found: Sequence[SpaceStat | BlockStat]
+    if args.namespace is None:
+        found = spaces = asyncio.run(_ask(args, _NO_SPACE, PoolClient.stat)).spaces
+        text = spaces_text(spaces)
+    else:
+        space = BlockSpace(_NO_SPACE.fingerprint, args.namespace)
+        found = blocks = asyncio.run(_ask(args, space, lambda client: client.served_most(args.limit)))
+        text = blocks_text(blocks)
+    if not args.json:
+        _print(text)
+    elif found:
+        _print("\n".join(msgspec.json.encode(each).decode() for each in found))
     return 0
+
+
+def run_drain(args: argparse.Namespace) -> int:
+    """Drain a node and tell how far it is; 1 where hot blocks are left on it. Ending this command ends no drain.
+
+    Raises: ConfigError for a deadline that is none, KVError if the node can't be asked.
+    """
+    try:
+        deadline_s = parse_time(args.deadline)
+    except ValueError as error:
+        raise ConfigError(f"--deadline {args.deadline!r}: {error}") from error
+    state = asyncio.run(_drain(args, deadline_s))
+    _print(msgspec.json.encode(state).decode() if args.json else drain_text(state))
+    return 1 if state.left or not state.ended else 0
 
 
 def run_clear(args: argparse.Namespace) -> int:
@@ -143,36 +183,39 @@ def run_clear(args: argparse.Namespace) -> int:
     return 0
 
 
-def describe(stat: NodeStat) -> str:
-    """The figures as lines for a person."""
-    used = stat.num_slabs - stat.free_slabs
-    lines = [
-        f"{stat.address}: {used} of {stat.num_slabs} slabs of {stat.slab_bytes / 1024:g} KiB in use",
-        f"disk: {stat.blocks_on_disk} of {stat.disk_slots} slots" if stat.disk_slots else "disk: none",
-        f"leases: {stat.leases}; spaces: {len(stat.spaces)}",
-    ]
-    return "\n".join([*lines, *(f"{name}: {count}" for name, count in sorted(stat.counts.items()))])
-
-
-async def _stat(args: argparse.Namespace) -> NodeStat:
+async def _drain(args: argparse.Namespace, deadline_s: float) -> DrainState:
     client = _client(args, _NO_SPACE)
     await client.start()
+    loop = asyncio.get_running_loop()
+    give_up_s, told = loop.time() + deadline_s + ANSWER_S, -1
     try:
-        return await client.stat()
+        state = await client.drain(deadline_s)
+        while not state.ended and loop.time() < give_up_s:
+            if state.copied != told and not args.json:
+                _print(drain_text(state))
+                told = state.copied
+            await asyncio.sleep(0.2)
+            state = await client.drain(deadline_s)
+        return state
+    finally:
+        await client.close()
+
+
+async def _ask(args: argparse.Namespace, space: BlockSpace, ask: Callable[[PoolClient], Awaitable[T]]) -> T:
+    client = _client(args, space)
+    await client.start()
+    try:
+        return await ask(client)
     finally:
         await client.close()
 
 
 async def _clear(args: argparse.Namespace) -> tuple[int, int]:
-    wanted: list[SpaceStat] = [s for s in (await _stat(args)).spaces if args.all or s.namespace == args.only]
+    spaces = await _ask(args, _NO_SPACE, PoolClient.spaces_everywhere)
+    wanted = [s for s in spaces if args.all or s.namespace == args.only]
     count = 0
     for space in wanted:
-        client = _client(args, BlockSpace(bytes.fromhex(space.fingerprint), space.namespace))
-        await client.start()
-        try:
-            count += await client.clear()
-        finally:
-            await client.close()
+        count += await _ask(args, BlockSpace(bytes.fromhex(space.fingerprint), space.namespace), PoolClient.clear)
     return count, len(wanted)
 
 

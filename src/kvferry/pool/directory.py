@@ -2,7 +2,8 @@
 
 A node is known by its incarnation, so that a node that starts again is another one and inherits nothing. It holds a
 lease; without one its entries count for nothing. A directory that lost everything, or a node whose lease lapsed, shows
-in `renew`, upon which the node reports all that it has before it is visible again.
+in `renew`, upon which the node joins again and reports all that it has. The directory also keeps each space's epoch
+(kvferry.pool.epochs), which no lease ends.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import abc
 from collections.abc import Sequence
 
 from kvferry.clock import Clock, RealClock
+from kvferry.pool.epochs import FIRST, Epoch
 from kvferry.pool.keys import BlockSpace
 from kvferry.types import Incarnation
 
@@ -22,14 +24,14 @@ class Directory(abc.ABC):
 
     @abc.abstractmethod
     async def renew(self, node: Incarnation, ttl_s: float) -> bool:
-        """Prolong the node's lease. False: it has none; report everything, then `join`.
+        """Prolong the node's lease. False: it has none; `join`, then report everything.
 
         Raises: TransportError if the directory can't be reached; so do all calls.
         """
 
     @abc.abstractmethod
     async def join(self, node: Incarnation, address: str, ttl_s: float) -> None:
-        """Make the node, whose report is complete, visible for `ttl_s`."""
+        """Make the node visible for `ttl_s`, with what it reported and reports."""
 
     @abc.abstractmethod
     async def report(self, node: Incarnation, added: Sequence[BlockName], removed: Sequence[BlockName]) -> None:
@@ -44,6 +46,18 @@ class Directory(abc.ABC):
         """For each block the addresses of the live nodes that reported it."""
 
     @abc.abstractmethod
+    async def nodes(self) -> dict[Incarnation, str]:
+        """The live nodes with their addresses."""
+
+    @abc.abstractmethod
+    async def epochs(self) -> dict[BlockSpace, Epoch]:
+        """The current epoch of each space in which something was removed, as far as this directory knows."""
+
+    @abc.abstractmethod
+    async def change_epoch(self, space: BlockSpace, old: Epoch, new: Epoch) -> bool:
+        """Replace the space's epoch. False, and nothing is changed, where `old` is not the current one."""
+
+    @abc.abstractmethod
     async def close(self) -> None:
         """Give connections back. Idempotent."""
 
@@ -55,6 +69,7 @@ class EmbeddedDirectory(Directory):
         self._clock = clock or RealClock()
         self._nodes: dict[Incarnation, tuple[str, float]] = {}
         self._holders: dict[BlockName, set[Incarnation]] = {}
+        self._epochs: dict[BlockSpace, Epoch] = {}
 
     async def renew(self, node: Incarnation, ttl_s: float) -> bool:
         known = self._nodes.get(node)
@@ -78,10 +93,22 @@ class EmbeddedDirectory(Directory):
             self._drop(name, node)
 
     async def lookup(self, space: BlockSpace, hashes: Sequence[bytes]) -> list[tuple[str, ...]]:
-        now_s = self._clock.now_s()
-        live = {node: address for node, (address, until_s) in self._nodes.items() if until_s > now_s}
+        live = await self.nodes()
         found = (self._holders.get((space, block_hash), ()) for block_hash in hashes)
         return [tuple(sorted(live[node] for node in holders if node in live)) for holders in found]
+
+    async def nodes(self) -> dict[Incarnation, str]:
+        now_s = self._clock.now_s()
+        return {node: address for node, (address, until_s) in self._nodes.items() if until_s > now_s}
+
+    async def epochs(self) -> dict[BlockSpace, Epoch]:
+        return dict(self._epochs)
+
+    async def change_epoch(self, space: BlockSpace, old: Epoch, new: Epoch) -> bool:
+        if self._epochs.get(space, FIRST) != old:
+            return False
+        self._epochs[space] = new
+        return True
 
     async def close(self) -> None:
         pass

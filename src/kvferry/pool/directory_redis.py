@@ -1,7 +1,8 @@
 """The directory in Redis, for nodes of many hosts.
 
-`kvferry:node:INCARNATION` holds a node's address and expires with its lease; `kvferry:block:SPACE:HASH` is the set of
-the incarnations that reported the block. Members of dead nodes are passed over, and removed when a lookup meets them.
+`kvferry:node:INCARNATION` holds a node's address and expires with its lease; `kvferry:nodes` is the set of the
+incarnations that joined; `kvferry:block:SPACE:HASH` is the set of those that reported the block. Members of dead nodes
+are passed over, and removed when a lookup meets them. `kvferry:epochs` holds each space's epoch.
 """
 
 from __future__ import annotations
@@ -17,10 +18,32 @@ from redis.exceptions import RedisError
 
 from kvferry.errors import ConfigError, TransportError
 from kvferry.pool.directory import BlockName, Directory
+from kvferry.pool.epochs import Epoch
 from kvferry.pool.keys import BlockSpace
 from kvferry.types import Incarnation
 
 BATCH = 5000
+NODES, EPOCHS = "kvferry:nodes", "kvferry:epochs"
+
+HOLDERS = """
+local holders = {}
+for i = 1, #KEYS do holders[i] = redis.call('SMEMBERS', KEYS[i]) end
+return holders
+"""
+"""One command for a thousand blocks: as many commands take redis-py five times as long."""
+
+FORGET_DEAD = """
+if redis.call('EXISTS', KEYS[1]) == 0 then
+  for i = 2, #KEYS do redis.call('SREM', KEYS[i], ARGV[1]) end
+end
+"""
+"""A node that lives again meanwhile keeps its entries: it joins before it reports."""
+
+CHANGE_EPOCH = """
+if (redis.call('HGET', KEYS[1], ARGV[1]) or '0') ~= ARGV[2] then return 0 end
+redis.call('HSET', KEYS[1], ARGV[1], ARGV[3])
+return 1
+"""
 
 
 class RedisDirectory(Directory):
@@ -47,7 +70,10 @@ class RedisDirectory(Directory):
 
     async def join(self, node: Incarnation, address: str, ttl_s: float) -> None:
         with self._errors():
-            await self._redis.set(_node_key(node), address, px=int(1000 * ttl_s))
+            async with self._redis.pipeline() as pipeline:
+                pipeline.sadd(NODES, f"{node:x}")
+                pipeline.set(_node_key(node), address, px=int(1000 * ttl_s))
+                await pipeline.execute()
 
     async def report(self, node: Incarnation, added: Sequence[BlockName], removed: Sequence[BlockName]) -> None:
         member = f"{node:x}"
@@ -62,39 +88,54 @@ class RedisDirectory(Directory):
 
     async def leave(self, node: Incarnation) -> None:
         with self._errors():
-            await self._redis.delete(_node_key(node))
+            async with self._redis.pipeline() as pipeline:
+                pipeline.delete(_node_key(node))
+                pipeline.srem(NODES, f"{node:x}")
+                await pipeline.execute()
 
     async def lookup(self, space: BlockSpace, hashes: Sequence[bytes]) -> list[tuple[str, ...]]:
         if not hashes:
             return []
         prefix = self._prefix(space)
         with self._errors():
-            async with self._redis.pipeline(transaction=False) as pipeline:
-                for block_hash in hashes:
-                    pipeline.smembers(prefix + block_hash)
-                holders: list[set[bytes]] = await pipeline.execute()
+            holders: list[list[bytes]] = await self._redis.eval(HOLDERS, len(hashes), *(prefix + h for h in hashes))
             nodes = sorted(set().union(*holders))
-            found = await self._redis.mget([b"kvferry:node:" + node for node in nodes]) if nodes else []
-            addresses = {n: address.decode() for n, address in zip(nodes, found, strict=True) if address is not None}
-            dead = [node for node in nodes if node not in addresses]
-            if dead:
-                await self._forget(prefix, hashes, holders, set(dead))
+            addresses = await self._addresses(nodes)
+            for node in nodes:
+                if node not in addresses:
+                    keys = [prefix + h for h, members in zip(hashes, holders, strict=True) if node in members]
+                    await self._forget(node, keys)
         return [tuple(sorted(addresses[n] for n in members if n in addresses)) for members in holders]
+
+    async def nodes(self) -> dict[Incarnation, str]:
+        with self._errors():
+            joined = sorted(await self._redis.smembers(NODES))
+            addresses = await self._addresses(joined)
+            for node in joined:
+                if node not in addresses:
+                    await self._forget(node, [NODES])
+        return {Incarnation(int(node, 16)): address for node, address in addresses.items()}
+
+    async def epochs(self) -> dict[BlockSpace, Epoch]:
+        with self._errors():
+            found: dict[bytes, bytes] = await self._redis.hgetall(EPOCHS)
+        return {msgspec.msgpack.decode(space, type=BlockSpace): Epoch(int(epoch)) for space, epoch in found.items()}
+
+    async def change_epoch(self, space: BlockSpace, old: Epoch, new: Epoch) -> bool:
+        with self._errors():
+            return bool(await self._redis.eval(CHANGE_EPOCH, 1, EPOCHS, msgspec.msgpack.encode(space), old, new))
 
     async def close(self) -> None:
         with contextlib.suppress(RedisError):
             await self._redis.aclose()
 
-    async def _forget(
-        self, prefix: bytes, hashes: Sequence[bytes], holders: Sequence[set[bytes]], dead: set[bytes]
-    ) -> None:
-        # A node that only lost its lease reports all it has before it joins again, so nothing is lost by this.
-        async with self._redis.pipeline(transaction=False) as pipeline:
-            for block_hash, members in zip(hashes, holders, strict=True):
-                gone = members & dead
-                if gone:
-                    pipeline.srem(prefix + block_hash, *gone)
-            await pipeline.execute()
+    async def _addresses(self, nodes: Sequence[bytes]) -> dict[bytes, str]:
+        """Those that live."""
+        found = await self._redis.mget([b"kvferry:node:" + node for node in nodes]) if nodes else []
+        return {node: address.decode() for node, address in zip(nodes, found, strict=True) if address is not None}
+
+    async def _forget(self, node: bytes, keys: Sequence[str | bytes]) -> None:
+        await self._redis.eval(FORGET_DEAD, 1 + len(keys), b"kvferry:node:" + node, *keys, node)
 
     def _prefix(self, space: BlockSpace) -> bytes:
         prefix = self._prefixes.get(space)

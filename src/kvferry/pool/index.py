@@ -6,67 +6,16 @@ Slabs are freed only when no hold is left on them. Ways that a slab is held: a g
 
 from __future__ import annotations
 
-from collections import OrderedDict
+import heapq
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import NamedTuple
 
 from kvferry.errors import InvalidTransition, RegistrationError
 from kvferry.policy.eviction import Place
 from kvferry.policy.eviction_choice import create_eviction
 from kvferry.pool.arena import Arena
+from kvferry.pool.entries import Entry, Key, PendingBlock, Put, SpaceBooks
+from kvferry.pool.epochs import FIRST, Epoch, Epochs, new_epoch
 from kvferry.pool.keys import BlockSpace, Tier
-
-Key = tuple[int, bytes]
-
-
-@dataclass(slots=True, eq=False)
-class Entry:
-    """One committed block. `digest` is its xxh3-64. `slab` and `slot` say where it lies; `holds` keep its slab."""
-
-    key: Key
-    nbytes: int
-    digest: int
-    place: Place[Key]
-    slab: int | None = None
-    slot: int | None = None
-    holds: int = 0
-    pins: int = 0
-    reuses: int = 0
-    removed: bool = False
-
-
-@dataclass(slots=True)
-class PendingBlock:
-    """A slab that is being filled for a block; `cancelled` by a remove that overtook the put."""
-
-    index: int
-    key: Key
-    slab: int
-    place: Place[Key]
-    cancelled: bool = False
-
-
-class Put(NamedTuple):
-    """What a put may fill: one slab for each block that is absent and has room. Ends by commit or abort, once."""
-
-    space: BlockSpace
-    nbytes: int
-    epoch: int
-    blocks: list[PendingBlock]
-    duplicates: int
-    refused: int
-
-
-@dataclass(slots=True)
-class _Space:
-    number: int
-    quota: int | None
-    entries: dict[bytes, Entry] = field(default_factory=dict)
-    pending: dict[bytes, PendingBlock] = field(default_factory=dict)
-    # Blocks in host memory, the one not used for longest first: what a namespace at its quota gives up.
-    recent: OrderedDict[bytes, None] = field(default_factory=OrderedDict)
-    epoch: int = 0
 
 
 class BlockIndex:
@@ -79,10 +28,12 @@ class BlockIndex:
         Raises: ConfigError for an unknown eviction policy.
         """
         self.arena = arena
+        self.epochs = Epochs()
+        self.num_replicas = 0
         self._quotas = quotas or {}
         self._policy = create_eviction(eviction, arena.num_slabs, tuple[int, bytes])
-        self._spaces: dict[BlockSpace, _Space] = {}
-        self._numbers: list[_Space] = []
+        self._spaces: dict[BlockSpace, SpaceBooks] = {}
+        self._numbers: list[SpaceBooks] = []
         self._names: list[BlockSpace] = []
         self._used: dict[str, int] = {}
         self._held: set[Key] = set()
@@ -100,8 +51,9 @@ class BlockIndex:
         known = self._spaces.get(space)
         if known is None:
             return [None] * len(hashes)
-        found = map(known.entries.get, hashes)
-        return [None if e is None else Tier.HOST if e.slab is not None else Tier.DISK for e in found]
+        # Members of an enum take longer to look up than blocks do.
+        found, host, disk = map(known.entries.get, hashes), Tier.HOST, Tier.DISK
+        return [None if e is None else host if e.slab is not None else disk for e in found]
 
     def find(self, space: BlockSpace, hashes: Sequence[bytes]) -> list[Entry | None]:
         """The committed blocks among these."""
@@ -115,9 +67,24 @@ class BlockIndex:
             for space, known in self._spaces.items()
         ]
 
+    def used_bytes(self) -> dict[str, int]:
+        """Bytes of host memory by namespace, slabs that are being filled too."""
+        return {namespace: slabs * self.arena.slab_bytes for namespace, slabs in self._used.items()}
+
+    def served_most(self, namespace: str, limit: int) -> list[Entry]:
+        """The blocks of a namespace that served most often, most first."""
+        entries = [
+            e for space, known in self._spaces.items() if space.namespace == namespace for e in known.entries.values()
+        ]
+        return heapq.nsmallest(limit, entries, key=lambda entry: (-entry.reuses, entry.place.depth))
+
     def space_of(self, entry: Entry) -> BlockSpace:
         """The space that a block belongs to."""
         return self._names[entry.key[0]]
+
+    def all_in_host(self) -> list[Entry]:
+        """The blocks in host memory."""
+        return [e for known in self._numbers for e in map(known.entries.__getitem__, known.recent)]
 
     def names(self) -> list[tuple[BlockSpace, bytes]]:
         """Every block in any tier."""
@@ -128,18 +95,34 @@ class BlockIndex:
         changes, self._changes = self._changes, {}
         return changes
 
-    def epoch(self, space: BlockSpace) -> int:
-        """How often the space was cleared."""
-        return self._space(space).epoch
+    def root_of(self, entry: Entry) -> bytes:
+        """The hash of the first block of the block's prompt, or of the last one before a gap."""
+        entries, at = self._numbers[entry.key[0]].entries, entry
+        while at.place.parent is not None and at.place.parent[1] in entries:
+            parent = entries[at.place.parent[1]]
+            if parent.place.depth >= at.place.depth:
+                break
+            at = parent
+        return at.key[1]
 
     # Putting
 
-    def begin_put(self, space: BlockSpace, hashes: Sequence[bytes], nbytes: int, *, first: int, length: int) -> Put:
+    def begin_put(
+        self,
+        space: BlockSpace,
+        hashes: Sequence[bytes],
+        nbytes: int,
+        *,
+        first: int,
+        length: int,
+        replicas: Sequence[Place[bytes]] | None = None,
+    ) -> Put:
         """Take slabs for the blocks that are absent; others leave where the arena or the namespace's quota is full.
 
         Args:
             nbytes: of each block.
             first, length: the blocks are `first`, `first + 1`, … of a prompt of `length` blocks.
+            replicas: the blocks come from another node, which knows these places of them; parents are hashes.
         Raises: RegistrationError if the blocks are larger than a slab.
         """
         if not 0 < nbytes <= self.arena.slab_bytes:
@@ -148,15 +131,19 @@ class BlockIndex:
                 "larger slabs"
             )
         known = self._space(space)
-        put = Put(space, nbytes, known.epoch, [], 0, 0)
+        put = Put(space, nbytes, self.epochs.current(space), [], 0, 0, replicas is not None)
         duplicates = refused = 0
         for index, block_hash in enumerate(hashes):
             entry = known.entries.get(block_hash)
-            parent = (known.number, hashes[index - 1]) if index else None
-            place = Place(first + index, max(length, first + index + 1), parent)
+            if replicas is None:
+                parent = (known.number, hashes[index - 1]) if index else None
+                place = Place(first + index, max(length, first + index + 1), parent)
+            else:
+                depth, num_blocks, before = replicas[index]
+                place = Place(depth, num_blocks, None if before is None else (known.number, before))
             if block_hash in known.pending or (entry is not None and entry.slab is not None):
                 duplicates += 1
-                if entry is not None:
+                if entry is not None and replicas is None:
                     # A prompt that computed it again would have used it, had its prefix been there.
                     self._touch(entry, place)
                 continue
@@ -171,17 +158,18 @@ class BlockIndex:
         return put._replace(duplicates=duplicates, refused=refused)
 
     def commit_put(self, put: Put, digests: Sequence[int]) -> list[Entry]:
-        """The slabs are filled: from now on readers see these blocks. What was removed or cleared meanwhile is dropped.
+        """The slabs are filled: from now on readers see these blocks. What was removed meanwhile is dropped.
 
         Args:
             digests: xxh3-64 of each of `put.blocks`.
         """
         known, stored = self._space(put.space), list[Entry]()
+        stale = put.replica and put.epoch != self.epochs.current(put.space)
         filled = list(zip(put.blocks, digests, strict=True))
         for block, digest in reversed(filled) if self._policy.deepest_first else filled:
             self._end_pending(known, block)
             entry = known.entries.get(block.key[1])
-            if block.cancelled or put.epoch != known.epoch or (entry is not None and entry.slab is not None):
+            if stale or block.cancelled or (entry is not None and entry.slab is not None):
                 self._free_slab(put.space.namespace, block.slab)
                 continue
             if entry is not None and (entry.digest != digest or entry.nbytes != put.nbytes):
@@ -192,7 +180,7 @@ class BlockIndex:
                 entry = Entry(block.key, put.nbytes, digest, block.place)
                 known.entries[block.key[1]] = entry
                 self._changes[put.space, block.key[1]] = True
-            self._in_host(known, entry, block.slab)
+            self._in_host(known, entry, block.slab, replica=put.replica)
             stored.append(entry)
         return stored
 
@@ -254,8 +242,39 @@ class BlockIndex:
         return len(found)
 
     def remove(self, space: BlockSpace, hashes: Sequence[bytes]) -> int:
-        """Misses from now on, also where a put is under way; a slab under a hold is freed with its last hold."""
-        known, removed = self._space(space), 0
+        """Remove blocks of a node that shares nothing with others."""
+        return len(self.apply_removal(space, hashes))
+
+    def clear(self, space: BlockSpace) -> int:
+        """Remove all blocks of a space; puts that began before are dropped when they commit."""
+        return len(self.apply_removal(space, None))
+
+    def apply_removal(
+        self,
+        space: BlockSpace,
+        hashes: Sequence[bytes] | None,
+        *,
+        previous: Epoch | None = None,
+        epoch: Epoch | None = None,
+    ) -> list[Entry]:
+        """Misses from now on, also where a put is under way; a slab under a hold is freed with its last hold.
+
+        Args:
+            hashes: None for all of the space.
+            previous: the epoch that this removal follows, if that is known. One that this node does not know shows that
+                it missed a removal, whose blocks it can't know: all of the space goes.
+            epoch: what this removal begins; by default a fresh one that follows the current one.
+        Returns: the blocks that were there.
+        """
+        known = self._space(space)
+        if previous is not None and not self.epochs.knows(space, previous):
+            hashes = None
+        if epoch is None:
+            epoch, previous = new_epoch(), self.epochs.current(space)
+        self.epochs.enter(space, epoch, FIRST if previous is None else previous, emptied=hashes is None)
+        if hashes is None:
+            hashes = [*known.entries, *(h for h in known.pending if h not in known.entries)]
+        removed: list[Entry] = []
         for block_hash in hashes:
             pending = known.pending.get(block_hash)
             if pending is not None:
@@ -263,14 +282,8 @@ class BlockIndex:
             entry = known.entries.get(block_hash)
             if entry is not None:
                 self._forget(known, entry)
-                removed += 1
+                removed.append(entry)
         return removed
-
-    def clear(self, space: BlockSpace) -> int:
-        """Remove all blocks of a space; puts that began before are dropped when they commit."""
-        known = self._space(space)
-        known.epoch += 1
-        return self.remove(space, list(known.entries))
 
     # Disk
 
@@ -325,6 +338,7 @@ class BlockIndex:
         total = self.arena.num_free + self._num_pending + len(in_host) + self._num_removed_slabs
         assert total == self.arena.num_slabs, f"{total} slabs accounted for, {self.arena.num_slabs} exist"
         assert len({e.slab for e in in_host}) == len(in_host), "two blocks share a slab"
+        assert sum(e.replica for e in in_host) == self.num_replicas, "replicas are miscounted"
         assert {e.key for e in in_host if e.holds} == self._held, "held keys and holds differ"
         assert len(self._policy) == len(in_host), f"the policy knows {len(self._policy)} of {len(in_host)} blocks"
         used = sum(self._used.values())
@@ -332,16 +346,16 @@ class BlockIndex:
 
     # Inside
 
-    def _space(self, space: BlockSpace) -> _Space:
+    def _space(self, space: BlockSpace) -> SpaceBooks:
         known = self._spaces.get(space)
         if known is None:
-            known = _Space(len(self._numbers), self._quotas.get(space.namespace))
+            known = SpaceBooks(len(self._numbers), self._quotas.get(space.namespace))
             self._spaces[space] = known
             self._numbers.append(known)
             self._names.append(space)
         return known
 
-    def _make_room(self, space: BlockSpace, known: _Space) -> int | None:
+    def _make_room(self, space: BlockSpace, known: SpaceBooks) -> int | None:
         used = self._used.get(space.namespace, 0)
         if known.quota is not None and (used + 1) * self.arena.slab_bytes > known.quota:
             own = next((h for h in known.recent if (known.number, h) not in self._held), None)
@@ -360,22 +374,24 @@ class BlockIndex:
             self._used[space.namespace] = self._used.get(space.namespace, 0) + 1
         return slab
 
-    def _in_host(self, known: _Space, entry: Entry, slab: int) -> None:
-        entry.slab = slab
+    def _in_host(self, known: SpaceBooks, entry: Entry, slab: int, *, replica: bool = False) -> None:
+        entry.slab, entry.replica = slab, replica
+        self.num_replicas += replica
         known.recent[entry.key[1]] = None
         self._policy.insert(entry.key, entry.place)
 
-    def _leave_host(self, known: _Space, entry: Entry) -> None:
+    def _leave_host(self, known: SpaceBooks, entry: Entry) -> None:
         """Evicted: the slab is free; the block stays where it is on disk, too."""
         self.evictions += 1
         assert entry.slab is not None
         slab, entry.slab = entry.slab, None
+        self._no_replica(entry)
         del known.recent[entry.key[1]]
         self._free_slab(self.space_of(entry).namespace, slab)
         if entry.slot is None:
             self._forget(known, entry)
 
-    def _forget(self, known: _Space, entry: Entry) -> None:
+    def _forget(self, known: SpaceBooks, entry: Entry) -> None:
         entry.removed = True
         del known.entries[entry.key[1]]
         self._changes[self.space_of(entry), entry.key[1]] = False
@@ -384,6 +400,7 @@ class BlockIndex:
             entry.slot = None
         if entry.slab is None:
             return
+        self._no_replica(entry)
         self._policy.discard(entry.key)
         known.recent.pop(entry.key[1], None)
         self._held.discard(entry.key)
@@ -396,13 +413,17 @@ class BlockIndex:
             self._free_slab(self.space_of(entry).namespace, entry.slab)
             entry.slab = None
 
+    def _no_replica(self, entry: Entry) -> None:
+        self.num_replicas -= entry.replica
+        entry.replica = False
+
     def _touch(self, entry: Entry, place: Place[Key]) -> None:
         if entry.slab is not None and entry.key in self._policy:
             entry.place = place
             self._policy.touch(entry.key, place)
             self._numbers[entry.key[0]].recent.move_to_end(entry.key[1])
 
-    def _end_pending(self, known: _Space, block: PendingBlock) -> None:
+    def _end_pending(self, known: SpaceBooks, block: PendingBlock) -> None:
         del known.pending[block.key[1]]
         self._num_pending -= 1
 

@@ -49,10 +49,6 @@ class BlockSpace(msgspec.Struct, frozen=True):
         )
         return cls(hashlib.sha256(fingerprint.digest() + msgspec.json.encode(packing)).digest(), namespace)
 
-    def named(self, namespace: str | None) -> BlockSpace:
-        """The same model's blocks in another namespace; None is this one."""
-        return self if namespace is None else BlockSpace(self.fingerprint, namespace)
-
     def require_valid(self) -> None:
         """Raises: RegistrationError for a fingerprint or namespace of a size that no header holds."""
         if len(self.fingerprint) != 32 or len(self.namespace.encode()) > MAX_NAMESPACE_BYTES:

@@ -8,7 +8,8 @@ from typing import NamedTuple
 from kvferry.clock import Clock
 from kvferry.errors import RegistrationError
 from kvferry.pool.arena import new_word
-from kvferry.pool.index import BlockIndex, Entry
+from kvferry.pool.entries import Entry
+from kvferry.pool.index import BlockIndex
 from kvferry.types import Word
 
 

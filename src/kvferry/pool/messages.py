@@ -79,11 +79,38 @@ class Remove(Message, frozen=True):
     hashes: list[bytes] | None
 
 
+class Prefetch(Message, frozen=True):
+    """I may ask for these blocks soon: bring those that are on disk into host memory."""
+
+    space: BlockSpace
+    hashes: list[bytes]
+
+
+class Drain(Message, frozen=True):
+    """Take no more puts, copy hot blocks to other nodes for at most `deadline_s`, then leave the directory. Repeated,
+    it asks how far that is."""
+
+    deadline_s: Annotated[float, Meta(gt=0, le=86400)]
+
+
 class AskStat(Message, frozen=True):
     """How are you?"""
 
 
-Request = Exists | PutBlocks | GetBlocks | Release | Pin | Unpin | Remove | AskStat
+class AskSpaces(Message, frozen=True):
+    """Which spaces are there on all nodes of your directory?"""
+
+
+class AskBlocks(Message, frozen=True):
+    """Which blocks of this namespace served most? At most `limit`."""
+
+    namespace: str
+    limit: Annotated[int, Meta(gt=0, le=10000)]
+
+
+Request = (
+    Exists | PutBlocks | GetBlocks | Release | Pin | Unpin | Remove | Prefetch | Drain | AskStat | AskSpaces | AskBlocks
+)
 
 
 class Tiers(Message, frozen=True):
@@ -113,7 +140,7 @@ class Leased(Message, frozen=True):
 
 
 class Counted(Message, frozen=True):
-    """To Pin, Unpin and Remove: how many blocks it concerned."""
+    """To Pin, Unpin, Remove and Prefetch: how many blocks it concerned."""
 
     count: int
 
@@ -127,8 +154,59 @@ class SpaceStat(msgspec.Struct, frozen=True):
     host_bytes: int
 
 
+class NamespaceStat(msgspec.Struct, frozen=True):
+    """One namespace of a node, over all its models: what it holds, and blocks and bytes since the start."""
+
+    namespace: str
+    host_bytes: int
+    quota_bytes: int | None
+    got_host: int
+    got_disk: int
+    missed: int
+    stored: int
+    duplicates: int
+    refused: int
+    bytes_in: int
+    bytes_out: int
+
+
+class BlockStat(msgspec.Struct, frozen=True):
+    """One block of a node. `reuses`: how often it served; `copy`: its bytes came from another node."""
+
+    fingerprint: str
+    block_hash: str
+    tier: Tier
+    nbytes: int
+    depth: int
+    reuses: int
+    pins: int
+    copy: bool
+
+
+class Blocks(Message, frozen=True):
+    """To AskBlocks: the ones that served most first."""
+
+    blocks: list[BlockStat]
+
+
+class DrainState(Message, frozen=True):
+    """To Drain: of `hot` blocks `copied` are on other nodes. Once `ended` says why it is over, `left` are not."""
+
+    hot: int
+    copied: int
+    left: int
+    ended: str
+
+
+class Spaces(Message, frozen=True):
+    """To AskSpaces: each space once, over all nodes."""
+
+    spaces: list[SpaceStat]
+
+
 class NodeStat(Message, frozen=True):
-    """To AskStat: figures since the start."""
+    """To AskStat: figures since the start. `state` is serving, draining or drained; `latencies_ms` holds
+    quantiles by name."""
 
     address: str
     num_slabs: int
@@ -136,8 +214,13 @@ class NodeStat(Message, frozen=True):
     slab_bytes: int
     disk_slots: int
     blocks_on_disk: int
+    disk_queued_bytes: int
     leases: int
+    replicas: int
+    state: str
     counts: dict[str, int]
+    latencies_ms: dict[str, float]
+    namespaces: list[NamespaceStat]
     spaces: list[SpaceStat]
 
 
@@ -148,4 +231,4 @@ class Failed(Message, frozen=True):
     message: str
 
 
-Reply = Tiers | PutDone | Leased | Counted | NodeStat | Failed
+Reply = Tiers | PutDone | Leased | Counted | Spaces | Blocks | DrainState | NodeStat | Failed

@@ -8,61 +8,79 @@ reads by the client, under a word of the node's that says that the blocks are st
 from __future__ import annotations
 
 import asyncio
+import functools
 import time
-from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import msgspec
 import numpy as np
-import xxhash
 
 from kvferry.clock import Clock, RealClock
-from kvferry.errors import KVError, RegistrationError
+from kvferry.errors import KVError, PoolError, RegistrationError
 from kvferry.layout import Offsets
 from kvferry.observe import get_log
 from kvferry.pool.arena import Arena, arena_bytes
 from kvferry.pool.directory import Directory
 from kvferry.pool.disk import DiskTier, pages
 from kvferry.pool.disk_queue import DiskQueue
-from kvferry.pool.index import BlockIndex, Entry, Put
-from kvferry.pool.keys import BlockSpace, require_hashes
+from kvferry.pool.draining import Drain
+from kvferry.pool.entries import Entry, Put
+from kvferry.pool.figures import Figures
+from kvferry.pool.gets import Gets
+from kvferry.pool.index import BlockIndex
+from kvferry.pool.keys import require_hashes
 from kvferry.pool.leases import Leases
 from kvferry.pool.messages import (
+    AskBlocks,
+    AskSpaces,
     AskStat,
+    Blocks,
     Counted,
+    DrainState,
     Exists,
     Failed,
     GetBlocks,
     Leased,
+    Message,
     NodeStat,
     Pin,
+    Prefetch,
     PutBlocks,
     PutDone,
     Release,
     Remove,
     Reply,
     Request,
-    SpaceStat,
+    Spaces,
     Tiers,
     Unpin,
 )
-from kvferry.pool.parts import block_bytes, part_runs, require_inside
+from kvferry.pool.messages import Drain as DrainRequest
+from kvferry.pool.neighbours import Neighbours
+from kvferry.pool.node_messages import Forget, NodeRequest, Offer, Taken
+from kvferry.pool.parts import block_bytes, require_inside
+from kvferry.pool.pinning import pin_for_cuda
+from kvferry.pool.pins import Pins
+from kvferry.pool.pulling import pull_blocks
+from kvferry.pool.removal import Cluster, Removals
+from kvferry.pool.replicas import Replicas
 from kvferry.pool.reporter import Reporter
 from kvferry.pool.settings import PoolSettings
+from kvferry.pool.standing import Standing
 from kvferry.transfer import Peer, TransferEngine, TransferSettings
-from kvferry.transport.base import BlockList, Guard
+from kvferry.transport.base import Guard
 
 MAX_REQUESTS_A_PEER = 256
-DISK_DEPTH = 8
-"""Blocks that one get reads from disk at once."""
-
-STEP_BYTES = 16 << 20
-"""How much of a put is copied between two looks at its client's word; a put that was given up ends soon."""
-
 _log = get_log(__name__)
-_decoder = msgspec.msgpack.Decoder(Request)
+Answer = Counted | Taken | NodeStat | Failed
+"""What other nodes answer to this one."""
+
+Work = PutBlocks | GetBlocks | Remove | AskSpaces | NodeRequest
+"""Requests that take a while; all others are answered at once."""
+
+_decoder = msgspec.msgpack.Decoder(Request | NodeRequest | Answer)
 
 
 class PoolNode:
@@ -86,7 +104,8 @@ class PoolNode:
             advertise_host: where other hosts reach this one, if not at the bound address.
         Raises: ConfigError for settings that do not fit, PoolExhausted where the disk has no room."""
         self.settings = settings or PoolSettings()
-        self.counts: Counter[str] = Counter()
+        self.figures = Figures()
+        self.counts = self.figures.counts
         self._engine = TransferEngine(
             listen=listen, transports=transports, secret=secret, hello=b"kvferry-pool", settings=transfer
         )
@@ -95,30 +114,61 @@ class PoolNode:
         slab_bytes, words = pages(self.settings.slab_bytes), self.settings.max_leases
         least = arena_bytes(1, slab_bytes, words)
         region = self._engine.allocate(max(self.settings.arena_bytes, least), name="arena")
+        self._unpin = pin_for_cuda(region)
         self._arena = Arena(region, slab_bytes=slab_bytes, num_words=words)
         self._index = BlockIndex(self._arena, eviction=self.settings.eviction, quotas=self.settings.quotas)
         self._leases = Leases(self._index, clock or RealClock(), self.settings.lease_ttl_s)
         self._threads = ThreadPoolExecutor(4, thread_name_prefix="kvferry-pool")
         self._disk: DiskQueue | None = None
-        self._disk_slots = 0
         if self.settings.disk_path is not None:
             began_s = time.monotonic()
             tier = DiskTier(Path(self.settings.disk_path), slab_bytes=slab_bytes, disk_bytes=self.settings.disk_bytes)
-            self._disk, self._disk_slots = DiskQueue(tier, self._index, self.counts), tier.num_slots
-            _log.info("disk tier opened", blocks=self._disk.num_blocks, seconds=time.monotonic() - began_s)
+            self._disk = DiskQueue(tier, self._index, self.counts)
+            _log.info("disk tier opened", blocks=len(tier.found), seconds=time.monotonic() - began_s)
         self._advertise_host = advertise_host
-        self._reporter: Reporter | None = None
-        if directory is not None:
-            self._reporter = Reporter(
-                directory,
+        self._cluster = None if directory is None else self._join(directory)
+        if self._disk is not None and self._cluster is None:
+            self._disk.adopt()
+        self._removals = Removals(self._index, self._forgotten, self._cluster)
+        self._replicas: Replicas | None = None
+        self._drain: Drain | None = None
+        if self._cluster is not None:
+            self._replicas = Replicas(
+                self._engine,
                 self._index,
-                node=self._engine.incarnation,
-                address=lambda: self.address,
-                ttl_s=self.settings.node_ttl_s,
+                self._leases,
+                self._threads,
+                self.counts,
+                self._cluster,
+                max_copies=self.settings.max_copies,
             )
-        self._pins: dict[Peer, Counter[tuple[BlockSpace, bytes]]] = {}
+            self._drain = Drain(self._index, self._replicas, self._cluster)
+        self._pins = Pins(self._index)
+        self._gets = Gets(self._index, self._leases, self._disk, self.figures, self._used)
+        self._standing = Standing(
+            self._index,
+            self._leases,
+            self._disk,
+            self.figures,
+            address=lambda: self.address,
+            state=lambda: self.state,
+            quotas=self.settings.quotas,
+        )
         self._tasks: dict[Peer, set[asyncio.Task[None]]] = {}
         self._expiry: asyncio.Task[None] | None = None
+
+    def _join(self, directory: Directory) -> Cluster:
+        reporter = Reporter(
+            directory,
+            self._index,
+            node=self._engine.incarnation,
+            address=lambda: self.address,
+            ttl_s=self.settings.node_ttl_s,
+            # What lay on disk is served only when the directory told what was removed meanwhile.
+            on_joined=self._adopt,
+            on_missed=self._forgotten,
+        )
+        return Cluster(directory, Neighbours(self._engine, directory), reporter)
 
     @property
     def address(self) -> str:
@@ -132,13 +182,19 @@ class PoolNode:
         """Bind and serve. Raises: ConfigError if the port is taken."""
         await self._engine.start()
         self._expiry = asyncio.get_running_loop().create_task(self._expire_leases())
-        if self._reporter is not None:
-            self._reporter.start()
+        if self._cluster is not None:
+            self._cluster.reporter.start()
+        if self._replicas is not None:
+            self._replicas.start()
 
     async def close(self) -> None:
         """Stop serving; what is queued for the disk is written. Idempotent."""
-        if self._reporter is not None:
-            await self._reporter.close()
+        if self._drain is not None:
+            await self._drain.close()
+        if self._replicas is not None:
+            await self._replicas.close()
+        if self._cluster is not None:
+            await self._cluster.reporter.close()
         if self._expiry is not None:
             self._expiry.cancel()
             await asyncio.gather(self._expiry, return_exceptions=True)
@@ -149,24 +205,22 @@ class PoolNode:
         if self._disk is not None:
             await self._disk.close()
             self._disk = None
+        self._unpin()
 
-    def stat(self, request_id: int = 0) -> NodeStat:
+    @property
+    def state(self) -> str:
+        """serving, draining (no puts) or drained (nothing any more)."""
+        if self._drain is None or not self._drain.begun:
+            return "serving"
+        return "drained" if self._drain.has_left else "draining"
+
+    def metrics(self) -> tuple[bytes, str]:
+        """The body of `/metrics` and its content type."""
+        return self._standing.metrics()
+
+    def stat(self) -> NodeStat:
         """The node's figures now."""
-        return NodeStat(
-            id=request_id,
-            address=self.address,
-            num_slabs=self._arena.num_slabs,
-            free_slabs=self._arena.num_free,
-            slab_bytes=self._arena.slab_bytes,
-            disk_slots=self._disk_slots,
-            blocks_on_disk=0 if self._disk is None else self._disk.num_blocks,
-            leases=len(self._leases),
-            counts={**self.counts, "evictions": self._index.evictions},
-            spaces=[
-                SpaceStat(space.fingerprint.hex(), space.namespace, blocks, host_bytes)
-                for space, blocks, host_bytes in self._index.spaces()
-            ],
-        )
+        return self._standing.stat()
 
     def check_integrity(self) -> None:
         """Raises: AssertionError unless every slab has one owner."""
@@ -181,7 +235,10 @@ class PoolNode:
             _log.warning("a message that is no request; its connection is closed", peer=peer.name, error=str(error))
             peer.close()
             return
-        if isinstance(request, PutBlocks | GetBlocks):
+        if isinstance(request, Answer):
+            if self._cluster is not None:
+                self._cluster.neighbours.on_reply(peer, request)
+        elif isinstance(request, Work):
             tasks = self._tasks.setdefault(peer, set())
             if len(tasks) >= MAX_REQUESTS_A_PEER:
                 _send(peer, Failed(request.id, "pool_exhausted", f"{len(tasks)} requests of yours are being served"))
@@ -196,50 +253,73 @@ class PoolNode:
 
     def _answer(self, peer: Peer, request: Request) -> Reply:
         if isinstance(request, AskStat):
-            return self.stat(request.id)
-        assert isinstance(request, Exists | Pin | Unpin | Remove)
+            return self._standing.stat(request.id)
+        if isinstance(request, AskBlocks):
+            return Blocks(request.id, self._standing.served_most(request.namespace, request.limit))
+        if isinstance(request, DrainRequest):
+            if self._drain is None:
+                raise PoolError(
+                    "this node has no directory, so it knows no node that could take its blocks", stage="drain"
+                )
+            return DrainState(request.id, *self._drain.begin(request.deadline_s))
+        assert isinstance(request, Exists | Pin | Unpin | Prefetch)
         request.space.require_valid()
         if isinstance(request, Exists):
-            return Tiers(request.id, self._index.tiers(request.space, request.hashes))
-        if isinstance(request, Remove):
-            clearing = request.hashes is None
-            index, space = self._index, request.space
-            count = index.clear(space) if request.hashes is None else index.remove(space, request.hashes)
-            self._free_slots()
-            self.counts["removed"] += count
-            _log.info("blocks removed", namespace=space.namespace, count=count, cleared=clearing, peer=peer.name)
-            return Counted(request.id, count)
-        return Counted(request.id, self._pin(peer, request))
-
-    def _pin(self, peer: Peer, request: Pin | Unpin) -> int:
-        mine, count = self._pins.setdefault(peer, Counter()), 0
-        for block_hash in request.hashes:
-            key = request.space, block_hash
-            if isinstance(request, Pin):
-                pinned = self._index.pin(request.space, [block_hash])
-                mine[key] += pinned
-            else:
-                # A client takes back its own pins only.
-                pinned = self._index.unpin(request.space, [block_hash]) if mine[key] else 0
-                mine[key] = max(0, mine[key] - 1)
-            count += pinned
-            if not mine[key]:
-                del mine[key]
-        return count
-
-    async def _serve(self, peer: Peer, request: PutBlocks | GetBlocks) -> None:
-        try:
-            request.space.require_valid()
-            require_hashes(request.hashes)
-            reply: Reply = await (
-                self._put(peer, request) if isinstance(request, PutBlocks) else self._get(peer, request)
+            hidden = self.state == "drained"
+            return Tiers(
+                request.id, [None] * len(request.hashes) if hidden else self._index.tiers(request.space, request.hashes)
             )
+        if isinstance(request, Prefetch):
+            found = [entry for entry in self._index.find(request.space, request.hashes) if entry is not None]
+            return Counted(request.id, 0 if self._disk is None else self._disk.prefetch(found))
+        change = self._pins.pin if isinstance(request, Pin) else self._pins.unpin
+        return Counted(request.id, change(peer, request.space, request.hashes))
+
+    async def _serve(self, peer: Peer, request: Work) -> None:
+        try:
+            reply = await self._work(peer, request)
         except KVError as error:
             self.counts[f"failed_{error.cause}"] += 1
             _log.warning("request failed", peer=peer.name, cause=error.cause, error=str(error))
             reply = Failed(request.id, error.cause, error.message)
         if not _send(peer, reply) and isinstance(reply, Leased):
             self._leases.end(peer, request.id)
+
+    async def _work(self, peer: Peer, request: Work) -> Message:
+        if isinstance(request, AskSpaces):
+            return Spaces(request.id, await self._standing.spaces_everywhere(self._cluster))
+        request.space.require_valid()
+        if isinstance(request, Remove):
+            count = await self._removals.remove(request.space, request.hashes)
+            self.counts["removed"] += count
+            _log.info("blocks removed", namespace=request.space.namespace, count=count,
+                      cleared=request.hashes is None, peer=peer.name)  # fmt: skip
+            return Counted(request.id, count)
+        if isinstance(request, Forget):
+            count = await self._removals.told(request)
+            self.counts["removed_by_others"] += count
+            return Counted(request.id, count)
+        if isinstance(request, Offer):
+            return await self._take(peer, request)
+        require_hashes(request.hashes)
+        if isinstance(request, GetBlocks):
+            if self.state == "drained":
+                request = msgspec.structs.replace(request, hashes=[])
+            return await self._gets.serve(peer, request, lambda: _require_there(peer))
+        if self.state != "serving":
+            self.counts["put_refused_draining"] += len(request.hashes)
+            return PutDone(request.id, 0, 0, len(request.hashes))
+        return await self._put(peer, request)
+
+    async def _take(self, peer: Peer, offer: Offer) -> Taken:
+        if self._replicas is None:
+            raise PoolError("this node belongs to no directory and takes no copies")
+        require_hashes([block.block_hash for block in offer.blocks])
+        stored = await self._replicas.take(peer, offer)
+        self._free_slots()
+        self._write_behind(stored)
+        found = self._index.find(offer.space, [block.block_hash for block in offer.blocks])
+        return Taken(offer.id, [entry is not None and entry.slab is not None for entry in found])
 
     def _reply(self, peer: Peer, request_id: int, answer: Callable[[], Reply]) -> None:
         try:
@@ -252,6 +332,7 @@ class PoolNode:
         if len(request.places) != len(request.hashes):
             raise RegistrationError(f"{len(request.hashes)} hashes and {len(request.places)} places; one for each")
         require_inside(request.parts, _int64(request.places), peer.regions)
+        began_s = time.monotonic()
         index, nbytes = self._index, block_bytes(request.parts)
         put = index.begin_put(request.space, request.hashes, nbytes, first=request.first, length=request.length)
         self._free_slots()
@@ -264,13 +345,15 @@ class PoolNode:
                 raise
             stored = index.commit_put(put, digests)
             self._free_slots()
-        self.counts["put_stored"] += len(stored)
-        self.counts["put_duplicates"] += put.duplicates
-        self.counts["put_refused"] += put.refused
-        self.counts["put_bytes"] += len(stored) * put.nbytes
-        if self._disk is not None:
-            for entry in stored:
-                self._disk.write_behind(entry)
+        self.figures.put(
+            request.space.namespace,
+            stored=len(stored),
+            duplicates=put.duplicates,
+            refused=put.refused,
+            nbytes=len(stored) * put.nbytes,
+            seconds=time.monotonic() - began_s,
+        )
+        self._write_behind(stored)
         return PutDone(request.id, len(stored), put.duplicates, put.refused)
 
     async def _pull(self, peer: Peer, request: PutBlocks, put: Put) -> list[int]:
@@ -278,91 +361,26 @@ class PoolNode:
         places = _int64([request.places[block.index] for block in put.blocks])
         slabs = [block.slab for block in put.blocks]
         guard = Guard(request.words_region, request.word_offset, request.word)
-        sources, until_s = dict(peer.regions), time.monotonic() + self.settings.pull_deadline_s
-        near = any(choice.usable and choice.scheme == "shm" for choice in self._engine.explain(peer))
-        step = max(1, STEP_BYTES // put.nbytes) if near else len(slabs)
-
-        def copy_and_digest() -> list[int]:
-            digests: list[int] = []
-            for first in range(0, len(slabs), step):
-                some = slabs[first : first + step]
-                blocks = [
-                    BlockList(sources[run.region], self._arena.region, run.offsets, run.pool_offsets, run.nbytes)
-                    for run in part_runs(request.parts, places[first : first + step], self._arena.offsets(some))
-                ]
-                left_s = max(0.001, until_s - time.monotonic())
-                self._engine.read_sync(peer, blocks, guard=guard, deadline_s=left_s)
-                digests += [xxhash.xxh3_64_intdigest(self._arena.view(slab, put.nbytes).data) for slab in some]
-            return digests
-
-        return await asyncio.get_running_loop().run_in_executor(self._threads, copy_and_digest)
-
-    async def _get(self, peer: Peer, request: GetBlocks) -> Leased:
-        held: dict[int, Entry] = {}
-        try:
-            from_disk = await self._hold_all(request, held)
-            if peer.lost is not None:
-                raise peer.lost
-            entries = [held[position] for position in sorted(held)]
-            lease = self._leases.grant(peer, request.id, entries)
-        except BaseException:
-            for entry in held.values():
-                self._index.release(entry)
-            raise
-        self._index.use(entries, length=len(request.hashes))
-        self.counts["get_host"] += len(entries) - from_disk
-        self.counts["get_disk"] += from_disk
-        self.counts["get_missed"] += len(request.hashes) - len(entries)
-        self.counts["get_bytes"] += len(entries) * request.nbytes
-        slabs = [entry.slab for entry in entries if entry.slab is not None]
-        return Leased(
-            id=request.id,
-            found=[position in held for position in range(len(request.hashes))],
-            arena=self._arena.region.region_id,
-            offsets=self._arena.offsets(slabs).tolist(),
-            digests=[entry.digest for entry in entries],
-            word_offset=lease.word_offset,
-            word=lease.word,
-            from_disk=from_disk,
+        work = functools.partial(
+            pull_blocks,
+            self._engine,
+            peer,
+            self._arena,
+            parts=request.parts,
+            places=places,
+            slabs=slabs,
+            guard=guard,
+            deadline_s=self.settings.pull_deadline_s,
         )
-
-    async def _hold_all(self, request: GetBlocks, held: dict[int, Entry]) -> int:
-        """Hold what can be served, by its position in the request; returns how many came from disk."""
-        on_disk: list[tuple[int, Entry]] = []
-        for position, entry in enumerate(self._index.find(request.space, request.hashes)):
-            if entry is None or entry.nbytes != request.nbytes:
-                if request.prefix:
-                    break
-            elif entry.slab is not None:
-                self._index.hold(entry)
-                held[position] = entry
-            else:
-                on_disk.append((position, entry))
-        if self._disk is None or not on_disk:
-            return 0
-        disk, turns = self._disk, asyncio.Semaphore(DISK_DEPTH)
-
-        async def hold_from_disk(position: int, entry: Entry) -> None:
-            async with turns:
-                # Held as soon as it is there: the next load must not evict it.
-                if await disk.load(entry) and self._index.in_host(entry):
-                    self._index.hold(entry)
-                    held[position] = entry
-
-        await asyncio.gather(*(hold_from_disk(position, entry) for position, entry in on_disk))
-        if request.prefix:
-            usable = next((i for i in range(len(request.hashes)) if i not in held), len(request.hashes))
-            for position in [position for position in held if position >= usable]:
-                self._index.release(held.pop(position))
-        return sum(position in held for position, _ in on_disk)
+        return await asyncio.get_running_loop().run_in_executor(self._threads, work)
 
     # Ends
 
     def _on_peer_lost(self, peer: Peer, reason: KVError) -> None:
+        if self._cluster is not None:
+            self._cluster.neighbours.on_lost(peer, reason)
         ended = self._leases.end_all(peer)
-        for (space, block_hash), count in self._pins.pop(peer, Counter()).items():
-            for _ in range(count):
-                self._index.unpin(space, [block_hash])
+        self._pins.end_all(peer)
         if not self._tasks.get(peer):
             self._tasks.pop(peer, None)
         if ended:
@@ -377,6 +395,23 @@ class PoolNode:
                 self.counts["leases_expired"] += expired
                 _log.warning("leases expired before their readers were done", count=expired)
 
+    def _used(self, entries: Sequence[Entry]) -> None:
+        if self._replicas is not None:
+            self._replicas.used(entries)
+
+    def _adopt(self) -> None:
+        if self._disk is not None:
+            self._disk.adopt()
+
+    async def _forgotten(self) -> None:
+        if self._disk is not None:
+            await self._disk.wiped()
+
+    def _write_behind(self, entries: list[Entry]) -> None:
+        if self._disk is not None:
+            for entry in entries:
+                self._disk.write_behind(entry)
+
     def _free_slots(self) -> None:
         if self._disk is not None:
             self._disk.free_slots()
@@ -386,7 +421,12 @@ def _int64(values: list[int]) -> Offsets:
     return np.asarray(values, dtype=np.int64)
 
 
-def _send(peer: Peer, reply: Reply) -> bool:
+def _require_there(peer: Peer) -> None:
+    if peer.lost is not None:
+        raise peer.lost
+
+
+def _send(peer: Peer, reply: Message) -> bool:
     """Send; False if the peer is gone."""
     if peer.lost is not None:
         return False

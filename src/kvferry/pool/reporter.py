@@ -1,14 +1,19 @@
-"""Keeps a directory told of what a node has: changes in order, the node's lease, everything again where it was lost."""
+"""Keeps a directory told of what a node has: changes in order, the node's lease, everything again where it was lost.
+
+It is also how a node that was away learns that blocks were removed meanwhile: by each space's epoch.
+"""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 
 from kvferry.errors import KVError
 from kvferry.observe import get_log
 from kvferry.pool.directory import BlockName, Directory
+from kvferry.pool.epochs import FIRST, Epoch, new_epoch
 from kvferry.pool.index import BlockIndex
+from kvferry.pool.keys import BlockSpace
 from kvferry.types import Incarnation
 
 FLUSH_S = 0.05
@@ -19,19 +24,32 @@ class Reporter:
     """One node's reports. On the node's event loop."""
 
     def __init__(
-        self, directory: Directory, index: BlockIndex, *, node: Incarnation, address: Callable[[], str], ttl_s: float
+        self,
+        directory: Directory,
+        index: BlockIndex,
+        *,
+        node: Incarnation,
+        address: Callable[[], str],
+        ttl_s: float,
+        on_joined: Callable[[], None],
+        on_missed: Callable[[], Awaitable[None]],
     ) -> None:
         """
         Args:
             address: where clients reach the node; asked when it joins.
             ttl_s: the node's lease; renewed three times as often.
+            on_joined: the node is live and missed no removal; called each time, before it reports what it has.
+            on_missed: blocks were forgotten, as the node had missed a removal.
         """
         self._directory, self._index, self._node = directory, index, node
         self._address, self._ttl_s = address, ttl_s
+        self._on_joined, self._on_missed = on_joined, on_missed
         self._task: asyncio.Task[None] | None = None
         self._joined = False
         self._reachable = True
+        self._unknown: dict[BlockSpace, Epoch] = {}
         self.failures = 0
+        self.missed_removals = 0
 
     def start(self) -> None:
         """Begin to report; an absent directory is tried again until it is there."""
@@ -46,8 +64,41 @@ class Reporter:
         self._task = None
         try:
             await self._directory.leave(self._node)
+            # Nobody looks at them any more, but a directory of many hosts would keep them for ever.
+            await self._directory.report(self._node, [], self._index.names())
         except KVError as error:
             _log.info("the directory could not be told that this node leaves", cause=error.cause)
+
+    async def catch_up(self, *, patient: bool = False) -> None:
+        """Compare the epochs of all spaces with the directory's; forget those in which a removal was missed.
+
+        Args:
+            patient: the node is live, so that it will be told of a removal which has just begun; it missed one whose
+                epoch it does not know at the next patient look either.
+        Raises: TransportError.
+        """
+        epochs, theirs = self._index.epochs, await self._directory.epochs()
+        waited, self._unknown = self._unknown, {}
+        for space, epoch in theirs.items():
+            standing = epochs.compare(space, epoch)
+            if standing == "ahead":
+                await self._directory.change_epoch(space, epoch, epochs.current(space))
+            elif standing == "forked":
+                # Other nodes may have missed what this one did not: an epoch that is new to all makes them forget.
+                previous, merged = epochs.current(space), new_epoch()
+                if await self._directory.change_epoch(space, epoch, merged):
+                    self._index.apply_removal(space, [], previous=previous, epoch=merged)
+            elif standing == "missed" and patient and waited.get(space) != epoch:
+                self._unknown[space] = epoch
+            elif standing == "missed":
+                forgotten = self._index.apply_removal(space, None, epoch=epoch)
+                self.missed_removals += 1
+                await self._on_missed()
+                _log.warning("a removal was missed; all of its space is forgotten",
+                             namespace=space.namespace, blocks=len(forgotten))  # fmt: skip
+        for space, epoch in epochs.all().items():
+            if space not in theirs:
+                await self._directory.change_epoch(space, FIRST, epoch)
 
     async def _run(self) -> None:
         renew_at_s = 0.0
@@ -55,8 +106,10 @@ class Reporter:
         while True:
             try:
                 if loop.time() >= renew_at_s:
-                    if not self._joined or not await self._directory.renew(self._node, self._ttl_s):
-                        await self._report_all()
+                    if self._joined and await self._directory.renew(self._node, self._ttl_s):
+                        await self.catch_up(patient=True)
+                    else:
+                        await self._join()
                     renew_at_s = loop.time() + self._ttl_s / 3
                 await self._report_changes()
                 if not self._reachable:
@@ -72,12 +125,15 @@ class Reporter:
                 await asyncio.sleep(self._ttl_s / 3)
             await asyncio.sleep(FLUSH_S)
 
-    async def _report_all(self) -> None:
+    async def _join(self) -> None:
+        # Before, as the directory may still name blocks of this node; after, as removals are told to who has joined.
+        await self.catch_up()
+        await self._directory.join(self._node, self._address(), self._ttl_s)
+        await self.catch_up()
+        self._on_joined()
         self._index.take_changes()
         names = self._index.names()
         await self._directory.report(self._node, names, [])
-        await self._report_changes()
-        await self._directory.join(self._node, self._address(), self._ttl_s)
         self._joined = True
         _log.info("reported everything to the directory", blocks=len(names))
 

@@ -77,7 +77,7 @@ def test_the_commands_tell_and_clear(tmp_path: Path, capsys: pytest.CaptureFixtu
     with NodeProcess(tmp_path) as node:
         asyncio.run(put(node.address, 1))
         assert main(["pool", "stat", "--node", node.address]) == 0
-        assert "put_stored: 1" in capsys.readouterr().out
+        assert "1 blocks: 1 stored" in capsys.readouterr().out
         assert main(["pool", "ls", "--node", node.address, "--json"]) == 0
         space = msgspec.json.decode(capsys.readouterr().out)
         assert (space["namespace"], space["blocks"]) == ("tenant-a", 1)

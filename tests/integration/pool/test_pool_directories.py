@@ -152,8 +152,8 @@ async def test_a_node_that_falls_silent_vanishes_within_its_lease(directories: C
             return len((await watcher.lookup(SPACE, [b"a"]))[0]) == count
 
         await eventually(lambda: holders(1))
-        assert node._reporter is not None and node._reporter._task is not None
-        node._reporter._task.cancel()
+        assert node._cluster is not None and node._cluster.reporter._task is not None
+        node._cluster.reporter._task.cancel()
         await eventually(lambda: holders(0))
     finally:
         await node.close()
