@@ -11,7 +11,7 @@ import shutil
 import signal
 import sys
 import urllib.parse
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +31,8 @@ from kvferry.errors import ConfigError, PeerGone
 MAX_DEMO_REQUESTS = 500
 """The router remembers about so many ended requests, and the demo reads all of its own there."""
 
-_OF_EACH_INSTANCE = ("engine.model", "engine.instance_id", "engine.role", "engine.port")
-"""Given as --model, or decided for each instance by the cluster itself."""
+_OF_EACH_INSTANCE = ("engine.model", "engine.instance_id", "engine.role", "engine.port", "engine.pool")
+"""Given as --model and --pool, or decided for each instance by the cluster itself."""
 
 
 def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
@@ -45,6 +45,12 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
     _add_counts(up)
     up.add_argument("--port", type=_port, default=None, help="port of the router (default: router.port, 8000)")
     up.add_argument("--model", default=None, help="path or Hugging Face name (default: the model of the demo)")
+    up.add_argument(
+        "--pool",
+        action="append",
+        metavar="URL",
+        help="a node of the KV pool that all instances use, tcp://host:port; may be given again for further nodes",
+    )
     up.add_argument(
         "--engine", choices=("transformers", "vllm"), default="transformers", help="engine of all instances"
     )
@@ -102,7 +108,7 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
 
 def run_up(args: argparse.Namespace) -> int:
     """`kvferry up`: 0 after Ctrl-C, 2 when the router dies."""
-    settings = _with(load_settings(args), model=args.model, port=args.port)
+    settings = _with(load_settings(args), model=args.model, port=args.port, pool=args.pool)
     plan = ClusterPlan(
         args.prefill,
         args.decode,
@@ -120,7 +126,7 @@ def run_the_demo(args: argparse.Namespace) -> int:
     """`kvferry demo`: 0 only if every request was delivered with the tokens of a single instance."""
     if args.requests > MAX_DEMO_REQUESTS:
         raise ConfigError(f"--requests {args.requests}: at most {MAX_DEMO_REQUESTS}")
-    settings = _with(load_settings(args), model=args.model, port=0)
+    settings = _with(load_settings(args), model=args.model, port=0, pool=())
     console = Console()
 
     async def demo() -> int:
@@ -243,8 +249,10 @@ def _add_counts(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--decode", type=_count, default=1, metavar="Y", help="decode instances (default: %(default)s)")
 
 
-def _with(settings: Settings, *, model: str | None, port: int | None) -> Settings:
+def _with(settings: Settings, *, model: str | None, port: int | None, pool: Sequence[str] | None) -> Settings:
     replace = msgspec.structs.replace
+    if pool is not None:
+        settings = replace(settings, engine=replace(settings.engine, pool=tuple(pool)))
     if model is not None:
         settings = replace(settings, engine=replace(settings.engine, model=model))
     if port is not None:

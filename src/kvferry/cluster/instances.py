@@ -108,6 +108,8 @@ def start_vllm(
         "lease_ttl_s": settings.handoff.lease_ttl_s,
         "heartbeat_s": settings.handoff.heartbeat_s,
         "digest": settings.handoff.digest,
+        "pool": next(iter(settings.engine.pool), None),
+        "pool_directory": settings.pool.directory if settings.engine.pool else None,
     }
     transfer = {
         "kv_connector": "KVFerryConnector",

@@ -81,7 +81,8 @@ class LocalCluster:
     def __init__(self, plan: ClusterPlan, tell: Callable[[str], None], *, num_alone: int = 0) -> None:
         replace = msgspec.structs.replace
         settings = threads_each(plan.settings, len(plan.instances) + num_alone, os.cpu_count() or 1)
-        if settings.cluster.secret is None and settings.cluster.secret_file is None:
+        # A pool's node was started by someone else, with the secret that these settings have, if any.
+        if settings.cluster.secret is None and settings.cluster.secret_file is None and not settings.engine.pool:
             settings = replace(settings, cluster=replace(settings.cluster, secret=secrets.token_hex(32)))
         self.plan = plan
         self.settings = settings

@@ -92,13 +92,15 @@ def test_the_command_line_of_vllm(role, kv_role: str):
 def test_what_vllm_gets_is_what_its_connector_takes():
     from kvferry.connector.vllm.settings import settings_from_extra_config
 
-    settings = load(None, {"KVFERRY_ENGINE_MODEL": "m"})
+    pool = {"KVFERRY_ENGINE_POOL": "tcp://h:1,tcp://i:1", "KVFERRY_POOL_DIRECTORY": "redis://r:6379/0"}
+    settings = load(None, {"KVFERRY_ENGINE_MODEL": "m", **pool})
     ports = plan_ports(20000, num_prefill=0, num_decode=1, num_internal=16).decode[0]
     start = start_vllm(
         settings, {}, name="x", role="decode", router_url="http://r:1", ports=ports, gpus=None, options=VllmOptions()
     )
     extra = json.loads(start.argv[start.argv.index("--kv-transfer-config") + 1])["kv_connector_extra_config"]
-    assert settings_from_extra_config(extra).router == "http://r:1"
+    taken = settings_from_extra_config(extra)
+    assert (taken.router, taken.pool, taken.pool_directory) == ("http://r:1", "tcp://h:1", "redis://r:6379/0")
 
 
 def test_vllm_needs_a_model():
