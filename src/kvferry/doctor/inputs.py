@@ -58,17 +58,21 @@ def read_side(role: SideRole, spec: str, name: str) -> Side:
 
 
 def parse_env_file(text: str, source: str) -> tuple[dict[str, str], tuple[str, ...]]:
-    """Variables and command of a KEY=VALUE file.
+    """Variables and command of a KEY=VALUE file, of what `env` prints, or of /proc/PID/environ.
 
-    `export`, quotes, comments, lines ending in a backslash and references to variables of earlier lines are fine.
+    `export`, quotes, comments, lines ending in a backslash and references to variables of earlier lines are fine;
+    the functions of a shell, which `env` prints as well, are passed over.
 
     Raises: ConfigError, naming the line.
     """
     environment: dict[str, str] = {}
     command: tuple[str, ...] = ()
-    for number, line in _logical_lines(text):
+    in_function = False
+    for number, line in _logical_lines(text.replace("\0", "\n")):
         line = line.strip().removeprefix("export ").strip()
-        if not line or line.startswith("#"):
+        in_function = in_function or line.startswith("BASH_FUNC_")
+        if in_function or not line or line.startswith("#"):
+            in_function = in_function and line != "}"
             continue
         key, eq, value = line.partition("=")
         key = key.strip()

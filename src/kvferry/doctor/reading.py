@@ -43,7 +43,8 @@ def read_bytes(path: Path, max_bytes: int) -> tuple[bytes, int]:
     with path.open("rb") as f:
         size = f.seek(0, os.SEEK_END)
         f.seek(max(0, size - max_bytes))
-        return f.read(max_bytes), size
+        data = f.read(max_bytes)
+        return data, max(size, len(data))  # Files of /proc say that they are empty.
 
 
 def _read_pipe(path: Path, max_bytes: int) -> tuple[bytes, int]:

@@ -35,10 +35,19 @@ def probe_transports(facts: Facts) -> tuple[ProbeStep, ...]:
 
     Each side runs in its instance's network namespace if the instance is a process of this machine, and listens on
     the address that it advertises; else both run here on loopback. Stops at a transport's first failed step.
+
+    Raises: ConfigError where a network namespace would have to be entered and cannot be.
     """
     source, target = (next(iter(sides), None) for sides in (facts.prefills, facts.decodes))
     steps: list[ProbeStep] = []
     transports = _configured(source, target, facts)
+    for side in (source, target):
+        foreign = side is not None and side.process is not None and side.process.netns != facts.host.netns
+        if foreign and (os.geteuid() != 0 or shutil.which("nsenter") is None):
+            raise ConfigError(
+                f"--probe: {side.name if side else ''} runs in a network namespace of its own, and entering it needs "
+                "root and nsenter; run the doctor as root, or without --probe"
+            )
     secret = secrets.token_hex(32)
     try:
         found = [secret_of(side, facts.kvferry) for side in (source, target)]
@@ -100,10 +109,9 @@ class _Child:
     def __init__(self, side: Side | None, facts: Facts) -> None:
         self.name = side.name if side else "this node"
         command = [sys.executable, "-m", "kvferry.doctor.probe_side"]
-        nsenter = shutil.which("nsenter")
-        foreign = side is not None and side.process is not None and side.process.netns != facts.host.netns
-        if foreign and nsenter and side and side.process:
-            command = [nsenter, "-t", str(side.process.pid), "-n", *command]
+        process = side.process if side is not None else None
+        if process is not None and process.netns != facts.host.netns:
+            command = ["nsenter", "-t", str(process.pid), "-n", *command]
         self._process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,

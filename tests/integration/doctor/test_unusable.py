@@ -117,11 +117,15 @@ def test_a_process_that_ends_while_it_is_looked_at(monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to become somebody else")
 def test_another_users_process_may_not_be_read() -> None:
-    os.seteuid(65534)
+    process = subprocess.Popen([sys.executable, "-S", "-c", "input()"], stdin=subprocess.PIPE)
     try:
-        message = told(lambda: read_side("prefill", str(os.getppid()), "p"))
+        os.seteuid(65534)
+        try:
+            message = told(lambda: read_side("prefill", str(process.pid), "p"))
+        finally:
+            os.seteuid(0)
     finally:
-        os.seteuid(0)
+        process.communicate(b"\n")
     assert "as the same user or as root" in message
 
 

@@ -29,6 +29,12 @@ def test_variables_of_earlier_lines_are_put_in_and_what_only_a_pod_knows_is_unkn
     assert side.sets("X") and side.sets("IP1") and not side.sets("Z")
 
 
+def test_what_env_prints_and_what_proc_holds_are_taken_too() -> None:
+    printed = "A=1\nBASH_FUNC_which%%=() {  ( alias;\n eval ${which_declare} )\n}\nB=2\n"
+    assert parse_env_file(printed, "p.env")[0] == {"A": "1", "B": "2"}
+    assert parse_env_file("A=1\0B=two words\0", "environ")[0] == {"A": "1", "B": "two words"}
+
+
 def test_a_command_in_quotes_is_one_command() -> None:
     _, command = parse_env_file('COMMAND="vllm serve m --port 1"\n', "p.env")
     assert command == ("vllm", "serve", "m", "--port", "1")
