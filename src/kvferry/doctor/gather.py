@@ -53,7 +53,7 @@ def gather(
     decoding = {
         s.name: urls[s.name]
         for s in facts.decodes
-        if s.name in urls and case.settings[s.name].engine == "vllm" and case.settings[s.name].connectors
+        if s.name in urls and case.settings[s.name].engine == "vllm" and case.settings[s.name].hands_over
     }
     return msgspec.structs.replace(
         facts,

@@ -15,7 +15,8 @@ _SHORTEST = 4
 class Rule(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One rule: either a sign of a finding, or (with `stage`) a mark of how far a request got.
 
-    With `side` it holds for logs of that side only; `fix` takes the place of the finding's own mend.
+    With `side` it holds for logs of that side only, with `unless` only for logs that have none of these words; `fix`
+    takes the place of the finding's own mend.
     """
 
     id: str
@@ -28,6 +29,7 @@ class Rule(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     step: int = 0
     side: str = ""
     fix: str = ""
+    unless: tuple[str, ...] = ()
 
 
 @cache

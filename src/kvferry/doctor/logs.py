@@ -7,6 +7,7 @@ import re
 import time
 from collections import Counter, deque
 from collections.abc import Iterable, Sequence
+from functools import cache
 from pathlib import Path
 
 import msgspec
@@ -111,6 +112,11 @@ def tell(lines: Iterable[Line]) -> Story:
     ordered = sorted(lines, key=lambda x: x.at or 0.0)  # sorted is stable: lines of one file keep their order
     signs: list[Sign] = []
     requests: dict[str, Request] = {}
+
+    @cache
+    def speaking_of(words: tuple[str, ...]) -> set[str]:
+        return {x.source for x in ordered if any(w in x.text for w in words)}
+
     for line in ordered:
         if PROBE_MARK in line.text:
             continue
@@ -118,6 +124,8 @@ def tell(lines: Iterable[Line]) -> Story:
             rule, pattern = rules()[i]
             m = pattern.search(line.text)
             if m is None or (rule.side and side_of(line.source, "") != rule.side):
+                continue
+            if rule.unless and line.source in speaking_of(rule.unless):
                 continue
             named = m.groupdict().get("request")
             name = (request_of(named) or named.rstrip(".,")) if named else request_of(line.text)

@@ -30,7 +30,14 @@ TRANSFER_KEYS = (
 )
 """The keys of vLLM's `--kv-transfer-config`. Source: vLLM's KVTransferConfig."""
 
-STORE_CONNECTORS = ("MooncakeStoreConnector", "LMCacheConnectorV1", "LMCacheMPConnector", "LMCacheConnector")
+STORE_CONNECTORS = (
+    "MooncakeStoreConnector",
+    "LMCacheConnectorV1",
+    "LMCacheMPConnector",
+    "LMCacheConnector",
+    "OffloadingConnector",
+    "SharedStorageConnector",
+)
 """Connectors that look KV up by block hash, so that both sides must hash alike."""
 
 NCCL_CONNECTORS = ("PyNcclConnector",)
@@ -78,6 +85,11 @@ class Settings(msgspec.Struct, frozen=True):
     def connectors(self) -> tuple[str, ...]:
         """Names of the connectors, empty where there is none."""
         return self.transfer.names if self.transfer else ()
+
+    @property
+    def hands_over(self) -> bool:
+        """Whether a connector takes each request's KV from its prefill, rather than look for any by its hash."""
+        return bool(set(self.connectors) - set(STORE_CONNECTORS))
 
     def flag(self, name: str) -> str | None:
         """The value of `--name`, or None."""

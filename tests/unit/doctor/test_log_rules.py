@@ -48,6 +48,8 @@ def test_a_rule_of_one_side_says_nothing_of_the_other() -> None:
     line = "INFO 11-22 10:00:00 [loggers.py:259] Engine 000: External prefix cache hit rate: 0.0%"
     assert [f.finding for f in tell(parse_lines([line], "decode.log", 2026)).findings] == ["KVF210"]
     assert tell(parse_lines([line], "prefill.log", 2026)).findings == ()
+    store = "INFO 11-22 09:59:00 [factory.py:64] Creating v1 connector with name: LMCacheConnectorV1 and engine_id: 1"
+    assert tell(parse_lines([store, line], "decode.log", 2026)).findings == (), "a store may well have nothing yet"
 
 
 def test_every_rule_has_a_finding_or_a_stage_and_ids_are_unique() -> None:
