@@ -36,7 +36,7 @@ class RouterSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     port: Annotated[Port, Meta(description="port to bind; 0 lets the system choose")] = 8000
     ttl_s: Annotated[Seconds, Meta(description="an instance that is silent for so long is gone")] = 3.0
     heartbeat_s: Annotated[Seconds, Meta(description="instances report so often")] = 1.0
-    max_queue: Annotated[Count, Meta(description="requests that may wait; one more gets 503")] = 1024
+    max_queue: Annotated[Count, Meta(description="requests that may wait; one more gets 429")] = 1024
     max_in_flight: Annotated[Count, Meta(description="requests forwarded at once")] = 512
     max_body_bytes: Annotated[Bytes, Meta(description="largest request body")] = 16 << 20
     request_deadline_s: Annotated[Seconds, Meta(description="a request ends within this, whatever happens")] = 600.0
@@ -45,6 +45,9 @@ class RouterSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         Seconds, Meta(description="how long the last bytes wait for the target's report of the handoff")
     ] = 1.0
     attempts: Annotated[Count, Meta(description="instance pairs tried before a request fails")] = 3
+    stream_first_token: Annotated[
+        bool, Meta(description="greedy and seeded streams begin with the prefill instance's token")
+    ] = False
     drain_s: Annotated[Seconds, Meta(description="at the end, running requests get this long")] = 10.0
     prefill: Annotated[tuple[str, ...], Meta(description="URLs of prefill instances that do not register")] = ()
     decode: Annotated[tuple[str, ...], Meta(description="URLs of decode instances that do not register")] = ()

@@ -15,7 +15,7 @@ from kvferry.observe import get_log, port_taken
 from kvferry.policy.admission import admit, retry_after_s
 from kvferry.router.control import Control, unknown_model
 from kvferry.router.errors import BadRequest, error_body
-from kvferry.router.exchange import Exchange, Surroundings
+from kvferry.router.exchange import Exchange
 from kvferry.router.fanout import Fanout
 from kvferry.router.fleet import Fleet
 from kvferry.router.http_messages import JSON, Limits, Request, Response, Sink
@@ -24,6 +24,7 @@ from kvferry.router.metrics import RouterMetrics
 from kvferry.router.polling import parse_upstreams, poll_upstreams
 from kvferry.router.requests import ENDPOINTS, ApiRequest, parse
 from kvferry.router.steps import DeadlinePassed
+from kvferry.router.surroundings import Surroundings
 from kvferry.router.upstreams import UpstreamPool
 from kvferry.wire import require_secret
 
@@ -75,6 +76,7 @@ class Router:
             handoff_deadline_s=settings.handoff.deadline_s,
             outcome_wait_s=own.outcome_wait_s,
             attempts=own.attempts,
+            stream_first_token=own.stream_first_token,
         )
         self._shared.retry_after_s = self._retry_after_s
         self._exchanges: dict[Exchange, None] = {}

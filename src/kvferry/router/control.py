@@ -13,8 +13,9 @@ from kvferry.errors import AuthenticationError, ConfigError
 from kvferry.observe import get_log, render_metrics
 from kvferry.protocol.membership import InstanceReport, Verdict
 from kvferry.router.errors import error_body
-from kvferry.router.exchange import Exchange, Surroundings
+from kvferry.router.exchange import Exchange
 from kvferry.router.http_messages import JSON, Request, Response
+from kvferry.router.surroundings import Surroundings
 from kvferry.types import Outcome
 from kvferry.wire import Refusals, verify_http
 

@@ -7,43 +7,25 @@ import time
 from collections import deque
 from collections.abc import Callable
 
+from kvferry.errors import IntegrityError
 from kvferry.policy.routing import Placement
 from kvferry.router import steps
 from kvferry.router.errors import error_body, error_event
-from kvferry.router.fleet import Fleet, Target
+from kvferry.router.first_token import Splice, may_stream
+from kvferry.router.fleet import Target
 from kvferry.router.http_messages import JSON, Sink
 from kvferry.router.legs import DecodeLeg, PrefillLeg
 from kvferry.router.machine import RequestMachine
-from kvferry.router.metrics import RequestRecord, RouterMetrics
+from kvferry.router.metrics import RequestRecord
 from kvferry.router.requests import ApiRequest, decode_body, prefill_body
-from kvferry.router.upstreams import Origin, UpstreamPool
+from kvferry.router.surroundings import Surroundings
+from kvferry.router.upstreams import Origin
 from kvferry.types import HandoffId, HandoffTicket, Outcome, TerminalState, new_handoff_id
 
 # After the KV has arrived, the prefill instance has this long to end its answer by itself.
 PREFILL_GRACE_S = 5.0
 DEFAULT_BLOCK_SIZE = 16
 _PRINTABLE = bytes(b if 32 <= b < 127 else ord("?") for b in range(256))
-
-
-class Surroundings:
-    """What all exchanges of a router share."""
-
-    def __init__(
-        self,
-        fleet: Fleet,
-        pool: UpstreamPool,
-        metrics: RouterMetrics,
-        *,
-        handoff_deadline_s: float,
-        outcome_wait_s: float,
-        attempts: int,
-    ) -> None:
-        self.fleet, self.pool, self.metrics = fleet, pool, metrics
-        self.handoff_deadline_s = handoff_deadline_s
-        self.outcome_wait_s = outcome_wait_s
-        self.attempts = attempts
-        self.handoffs: dict[HandoffId, Exchange] = {}
-        self.retry_after_s: Callable[[], int] = lambda: 1
 
 
 class Exchange:
@@ -80,6 +62,7 @@ class Exchange:
         self._handoff: HandoffId | None = None
         self._ticket_deadline_s = 0.0
         self._answer: DecodeLeg | None = None
+        self._splice: Splice | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._taken: list[Target] = []
         self._placed_s: float | None = None
@@ -114,6 +97,10 @@ class Exchange:
             self.prefill = None
         elif isinstance(event, steps.DecodeEnded):
             self._answer = self.decode
+            if self._splice is not None and not self._splice.done:
+                cause = f"http_{event.status}" if event.status >= 400 else "first_token_differs"
+                detail = "the decode instance did not come to the token that the client has"
+                event = steps.DecodeFailed(event.attempt, steps.Failure(cause, detail))
         self._actions.extend(self.machine.handle(event))
         self._work()
 
@@ -136,7 +123,8 @@ class Exchange:
         if decode is not None and fleet.is_lost(decode.target.ref):
             # It may come back, as after a stop; but where another one can do the work, waiting is pointless.
             name = decode.target.ref.instance_id
-            replaceable = not decode.forwarding and fleet.has_decode_beside(name)
+            begun = decode.forwarding or self._splice is not None
+            replaceable = not begun and fleet.has_decode_beside(name)
             if replaceable or now_s - decode.last_byte_s > stall_s:
                 self._close(decode)
                 self.handle(steps.DecodeFailed(self.machine.attempt, steps.Failure("peer_gone", f"{name} fell silent")))
@@ -157,7 +145,17 @@ class Exchange:
     # Called by the legs
 
     def forward(self, data: bytes) -> None:
-        self._sink.write(data)
+        leg = self.decode
+        if self._splice is not None and not self._splice.done and leg is not None:
+            try:
+                data = self._splice.feed(data)
+            except IntegrityError as error:
+                self._close(leg)
+                failure = steps.Failure("first_token_differs", error.message)
+                self.handle(steps.DecodeFailed(self.machine.attempt, failure))
+                return
+        if data:
+            self._sink.write(data)
 
     def done_seen(self) -> None:
         """The stream's `[DONE]` is there; its end should be, too, but is not waited for at length."""
@@ -189,6 +187,10 @@ class Exchange:
                 self._release_prefill()
             case steps.Forward():
                 self._start_forwarding()
+            case steps.ForwardFirst():
+                self._forward_first()
+            case steps.ForwardRest():
+                self._forward_rest()
             case steps.AwaitOutcome():
                 self._await_outcome(action.attempt)
             case steps.Deliver():
@@ -237,8 +239,9 @@ class Exchange:
             self._shared.handoffs[self._handoff] = self
             source = HandoffTicket(self._handoff, "source", prefill.ref, decode.ref, remaining_s, attempt)
             ticket = HandoffTicket(self._handoff, "target", prefill.ref, decode.ref, remaining_s, attempt)
-            leg = self.prefill = PrefillLeg(self, attempt, prefill)
-            body = prefill_body(request, source)
+            stream = self._shared.stream_first_token and may_stream(request)
+            leg = self.prefill = PrefillLeg(self, attempt, prefill, stream=stream)
+            body = prefill_body(request, source, stream=stream)
             self._take(prefill)
             leg.call = self._shared.pool.call(prefill.origin, self._head(prefill.origin, body), body, leg)
         body = decode_body(request, ticket)
@@ -291,6 +294,21 @@ class Exchange:
         self._sink.start(leg.status, [*leg.headers, self._id_header])
         self._sink.write(leg.take_held())
 
+    def _forward_first(self) -> None:
+        prefill = self.prefill
+        assert prefill is not None and prefill.first is not None
+        self._answer, self._splice = self.decode, Splice(prefill.first)
+        self._first_byte_s = time.monotonic()
+        self._status = 200
+        self._sink.start(200, [*prefill.headers, self._id_header])
+        self._sink.write(prefill.first.events)
+
+    def _forward_rest(self) -> None:
+        leg = self.decode
+        assert leg is not None
+        leg.forwarding = True
+        self.forward(leg.take_held())
+
     def _await_outcome(self, attempt: int) -> None:
         self._stop_timer()
         loop = asyncio.get_running_loop()
@@ -330,11 +348,11 @@ class Exchange:
     def _break_off(self) -> None:
         verdict, leg = self.machine.verdict, self._answer
         assert verdict is not None and leg is not None
-        if leg.events is None:
+        if leg.events is None and self._splice is None:
             # Not a stream of events: only a cut connection can tell the client that this is not all.
             self._sink.abort()
             return
-        end_of_event = b"\n\n" if leg.events.mid_event else b""
+        end_of_event = b"\n\n" if leg.events is not None and leg.events.mid_event else b""
         comment = b": kvferry-outcome %b\n\n" % self._verdict_text()
         event = error_event(502, verdict.detail or "the instance failed", code=verdict.cause)
         self._sink.finish(end_of_event + comment + event)

@@ -1,4 +1,6 @@
-"""The halves of an attempt: the prefill leg, whose answer is thrown away, and the decode leg, which is the answer."""
+"""The halves of an attempt: the prefill leg, whose answer is thrown away (but its token, where the router streams
+that), and the decode leg, which is the answer.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +8,18 @@ import time
 from typing import Protocol
 
 from kvferry.errors import KVError, WireError
+from kvferry.router.first_token import FirstToken, FirstTokenReader
 from kvferry.router.fleet import Target
-from kvferry.router.steps import DecodeEnded, DecodeFailed, DecodeStarted, Event, Failure, PrefillEnded, PrefillFailed
+from kvferry.router.steps import (
+    DecodeEnded,
+    DecodeFailed,
+    DecodeStarted,
+    Event,
+    Failure,
+    FirstTokenCame,
+    PrefillEnded,
+    PrefillFailed,
+)
 from kvferry.router.streaming import EventStream
 from kvferry.router.upstreams import Call
 
@@ -44,11 +56,23 @@ def _lost(target: Target, error: KVError, call: Call) -> Failure:
     return Failure(error.cause, f"{target.ref.instance_id}: {error.message}", call.taken)
 
 
-class PrefillLeg:
-    """Waits for the end of the prefill instance's answer."""
+def _for_client(headers: Headers) -> Headers:
+    return [h for h in headers if h[0] not in _HOP_BY_HOP and not h[0].startswith(b"x-kvferry-")]
 
-    def __init__(self, owner: Owner, attempt: int, target: Target) -> None:
+
+def _is_event_stream(headers: Headers) -> bool:
+    return any(k == b"content-type" and v.startswith(b"text/event-stream") for k, v in headers)
+
+
+class PrefillLeg:
+    """Waits for the end of the prefill instance's answer; with `stream`, for its token before."""
+
+    def __init__(self, owner: Owner, attempt: int, target: Target, *, stream: bool = False) -> None:
         self.target = target
+        self.headers: Headers = []
+        self.first: FirstToken | None = None
+        self._events = EventStream() if stream else None
+        self._reader = FirstTokenReader()
         self.call: Call | None = None
         self.started_s = time.monotonic()
         self._owner = owner
@@ -58,9 +82,15 @@ class PrefillLeg:
         self._excerpt = b""
 
     def call_head(self, call: Call, status: int, headers: Headers) -> None:
-        self._status = status
+        self._status, self.headers = status, _for_client(headers)
+        if status != 200 or not _is_event_stream(headers):
+            self._events = None
 
     def call_body(self, call: Call, data: bytes) -> None:
+        if self._events is not None and not self._reader.over:
+            self.first = self._reader.feed(self._events.feed(data))
+            if self.first is not None:
+                self._owner.handle(FirstTokenCame(self._attempt))
         self._num_bytes += len(data)
         if len(self._excerpt) < 300:
             self._excerpt += data[:300]
@@ -110,8 +140,8 @@ class DecodeLeg:
 
     def call_head(self, call: Call, status: int, headers: Headers) -> None:
         self.status = status
-        self.headers = [h for h in headers if h[0] not in _HOP_BY_HOP and not h[0].startswith(b"x-kvferry-")]
-        is_events = any(k == b"content-type" and v.startswith(b"text/event-stream") for k, v in headers)
+        self.headers = _for_client(headers)
+        is_events = _is_event_stream(headers)
         self._streamed = status == 200 and (is_events or self._stream)
         if self._streamed and is_events:
             self.events = EventStream()

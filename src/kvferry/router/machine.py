@@ -5,6 +5,8 @@
 
 An *attempt* is one placement: a decode leg and, where a handoff is promised, a prefill leg beside it. Events of an
 attempt that is not the current one change nothing (R9: one client's bytes come from one attempt).
+
+`forwarding` begins with the decode leg's first bytes or, where the router streams it, with the prefill leg's token.
 """
 
 from __future__ import annotations
@@ -25,7 +27,10 @@ from kvferry.router.steps import (
     Event,
     Failure,
     Finish,
+    FirstTokenCame,
     Forward,
+    ForwardFirst,
+    ForwardRest,
     OpenLegs,
     OutcomeArrived,
     OutcomeOverdue,
@@ -61,6 +66,7 @@ class RequestMachine:
         self._last_failure: Failure | None = None
         self._held_status: int | None = None
         self._error_event = False
+        self._first_token_sent = False
         self._outcome: Outcome | None = None
         self._story: list[tuple[State, Event]] = []
 
@@ -99,7 +105,17 @@ class RequestMachine:
                 return []
             case PrefillFailed():
                 return self._on_prefill_failed(event.failure)
+            case FirstTokenCame():
+                # The decode leg may have been the quicker one.
+                if self.state is not State.RUNNING:
+                    return []
+                self.state = State.FORWARDING
+                self._first_token_sent = True
+                return [ForwardFirst(self.attempt)]
             case DecodeStarted():
+                if self._first_token_sent:
+                    self._first_token_sent = False
+                    return [ForwardRest(self.attempt)]
                 self._require(State.RUNNING, event)
                 self.state = State.FORWARDING
                 return [Forward(self.attempt)]

@@ -95,13 +95,13 @@ def decode_body(request: ApiRequest, ticket: HandoffTicket | None) -> bytes:
     return b"".join((b"{", member, b"," if request.fields else b"", memoryview(request.body)[start:]))
 
 
-def prefill_body(request: ApiRequest, ticket: HandoffTicket) -> bytes:
-    """The same prompt, one token, no stream."""
+def prefill_body(request: ApiRequest, ticket: HandoffTicket, *, stream: bool = False) -> bytes:
+    """The same prompt, one token; `stream`: as events, for a client that shall see it."""
     fields: dict[str, Any] = {k: v for k, v in request.fields.items() if k not in _NOT_FOR_PREFILL}
     fields["max_tokens"] = 1
     if "max_completion_tokens" in request.fields:
         fields["max_completion_tokens"] = 1
-    fields["stream"] = False
+    fields["stream"] = stream
     fields[_TRANSFER_PARAMS] = ticket.as_params()
     return msgspec.json.encode(fields)
 

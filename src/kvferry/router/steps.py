@@ -50,6 +50,12 @@ class PrefillFailed(NamedTuple):
     failure: Failure
 
 
+class FirstTokenCame(NamedTuple):
+    """The prefill instance's token is there, and the client may have it."""
+
+    attempt: int
+
+
 class DecodeStarted(NamedTuple):
     """The first bytes of a good streamed answer are there."""
 
@@ -97,6 +103,7 @@ Event = (
     | Unplaced
     | PrefillEnded
     | PrefillFailed
+    | FirstTokenCame
     | DecodeStarted
     | DecodeEnded
     | DecodeFailed
@@ -141,6 +148,18 @@ class Forward(NamedTuple):
     attempt: int
 
 
+class ForwardFirst(NamedTuple):
+    """The prefill instance's token goes to the client; the decode leg's bytes follow it."""
+
+    attempt: int
+
+
+class ForwardRest(NamedTuple):
+    """The decode leg has begun: what of it is news goes to the client."""
+
+    attempt: int
+
+
 class AwaitOutcome(NamedTuple):
     attempt: int
 
@@ -165,7 +184,20 @@ class Finish(NamedTuple):
     """The request is over. Always the last action, exactly once."""
 
 
-Action = Place | OpenLegs | CloseLegs | ReleasePrefill | Forward | AwaitOutcome | Deliver | Refuse | BreakOff | Finish
+Action = (
+    Place
+    | OpenLegs
+    | CloseLegs
+    | ReleasePrefill
+    | Forward
+    | ForwardFirst
+    | ForwardRest
+    | AwaitOutcome
+    | Deliver
+    | Refuse
+    | BreakOff
+    | Finish
+)
 
 PLANNED_DIRECT = frozenset({"one_instance", "n_above_one", "prompt_logprobs", "beam_search", "many_prompts_streamed"})
 """Reasons for which no handoff was ever promised; with any other one, the target's prefill is a recompute."""

@@ -21,7 +21,10 @@ from kvferry.router.steps import (
     Event,
     Failure,
     Finish,
+    FirstTokenCame,
     Forward,
+    ForwardFirst,
+    ForwardRest,
     OpenLegs,
     OutcomeArrived,
     OutcomeOverdue,
@@ -70,6 +73,28 @@ def test_a_delivered_stream() -> None:
     assert m.stage is Stage.STREAMING
     assert m.handle(DecodeEnded(0, 200)) == [Deliver(0), CloseLegs(0), Finish()]
     assert ended(m) == ("delivered", None, None)
+
+
+def test_prefill_s_token_begins_the_stream() -> None:
+    m = machine(PAIR)
+    assert m.handle(FirstTokenCame(0)) == [ForwardFirst(0)]
+    assert m.stage is Stage.STREAMING
+    assert m.handle(PrefillEnded(0)) == []
+    assert m.handle(DecodeStarted(0)) == [ForwardRest(0)]
+    assert m.handle(OutcomeArrived(0, outcome())) == []
+    assert m.handle(DecodeEnded(0, 200)) == [Deliver(0), CloseLegs(0), Finish()]
+
+
+def test_decode_may_be_the_quicker_one() -> None:
+    m = machine(PAIR, DecodeStarted(0))
+    assert m.handle(FirstTokenCame(0)) == []
+
+
+@pytest.mark.parametrize("before", [[], [DecodeStarted(0)]])
+def test_after_prefill_s_token_decode_is_never_replaced(before: list[Event]) -> None:
+    m = machine(PAIR, FirstTokenCame(0), *before)
+    assert m.handle(DecodeFailed(0, LOST)) == [CloseLegs(0), BreakOff(), Finish()]
+    assert ended(m) == ("failed", "streaming", "peer_gone")
 
 
 def test_an_answer_waits_for_the_outcome() -> None:
@@ -237,6 +262,8 @@ def test_any_order_of_events_ends_once_and_sends_one_attempt() -> None:
                 OutcomeOverdue(a),
             ]
             if m.state == "running":
+                events += [DecodeStarted(a), DecodeStarted(a), FirstTokenCame(a)]
+            elif m.state == "forwarding" and not any(isinstance(x, Forward | ForwardRest) for x in done):
                 events += [DecodeStarted(a)] * 3
             if random.random() < 0.05:
                 events = [ClientGone(), DeadlinePassed("deadline", "")]
@@ -245,7 +272,7 @@ def test_any_order_of_events_ends_once_and_sends_one_attempt() -> None:
                 continue
             todo += m.handle(event)
         assert [type(x) for x in done].count(Finish) == 1 and done[-1] == Finish()
-        sent = {x.attempt for x in done if isinstance(x, Forward | Deliver)}
+        sent = {x.attempt for x in done if isinstance(x, Forward | ForwardFirst | ForwardRest | Deliver)}
         words = [x for x in done if isinstance(x, Deliver | Refuse | BreakOff)]
         assert len(sent) <= 1 and len(words) <= 1
         opened = [x.attempt for x in done if isinstance(x, OpenLegs)]
