@@ -8,8 +8,13 @@ LENGTHS = (5, 128, 129, 700)
 
 
 @pytest.mark.parametrize("model", ["mixtral", "qwen3moe"])
-def test_tokens_equal(start_pair, registry, model):
-    pair = start_pair(model, prefill_kv=PATIENT, decode_kv=PATIENT)
+def test_tokens_equal_and_depend_on_what_came_over(start_pair, registry, model, tmp_path):
+    pair = start_pair(
+        model,
+        prefill_kv=PATIENT,
+        decode_kv={"on_loaded": "hooks:zero_on_flag", **PATIENT},
+        environment={"KVFERRY_TEST_FLAGS": str(tmp_path)},
+    )
     try:
         expected_blocks = 0
         for i, length in enumerate(LENGTHS):
@@ -20,6 +25,9 @@ def test_tokens_equal(start_pair, registry, model):
             # P computed this prompt itself; asked without a ticket it decodes too, as a single instance does.
             assert result.token_ids == complete(pair.prefill.url, prompt, NUM_TOKENS), f"prompt of {length} tokens"
         assert pair.decode.metric("vllm:kvferry_pulled_blocks_total") == expected_blocks
+        (tmp_path / "zero").touch()
+        prompt = prompt_of(300, seed=50)
+        assert pair.complete(prompt, NUM_TOKENS).token_ids != complete(pair.prefill.url, prompt, NUM_TOKENS)
         pair.prefill.wait_all_free()
         pair.decode.wait_all_free()
     finally:

@@ -1,7 +1,7 @@
 """One P/D pair against a single vLLM instance, token by token."""
 
 import pytest
-from serving import PATIENT, Server, blocks_pulled, complete, prompt_of
+from serving import PATIENT, Server, blocks_pulled, complete, prompt_of, wait_for
 
 LENGTHS = (1, 5, 127, 128, 129, 300, 1000, 1900)
 NUM_TOKENS = 16
@@ -21,7 +21,7 @@ def pair(start_pair, tmp_path_factory):
         decode_flags=FLAGS,
         prefill_kv=PATIENT,
         decode_kv={"on_loaded": "hooks:zero_on_flag", **PATIENT},
-        environment={"KVFERRY_TEST_FLAGS": str(flags)},
+        environment={"KVFERRY_TEST_FLAGS": str(flags), "VLLM_LOG_STATS_INTERVAL": "1"},
     )
     pair.zero_flag = flags / "zero"
     return pair
@@ -105,3 +105,6 @@ def test_metrics_and_the_log_line_tell_of_it(pair):
     assert pair.decode.metric("vllm:kvferry_pulled_bytes_total") > 0
     assert pair.decode.metric("vllm:kvferry_handoff_seconds_count") > 0
     assert pair.prefill.metric("vllm:kvferry_releases_total") > 0
+    lines = "KV Transfer metrics: handoffs delivered=", "KV Transfer metrics: released (acked)="
+    for server, line in zip((pair.decode, pair.prefill), lines, strict=True):
+        wait_for(lambda server=server, line=line: line in server.log.read_text(errors="replace"), 10, line)
