@@ -29,6 +29,7 @@ TICK_S = 0.05
 
 MAX_REQUEST_BYTES = 4 << 20
 MAX_STATUS_BYTES = 4096
+REQUEST_BUFFER_BYTES = 64 << 10
 VECTORS_PER_CALL = MAX_VECTORS
 """Blocks a system call: between two of them nothing moves, while a stream waits for the GIL and for Python."""
 
@@ -109,6 +110,8 @@ class DataStream:
     def __init__(self, sock: socket.socket, session: Session, peer: str) -> None:
         self.socket, self.session, self.peer = sock, session, peer
         self._awake = False
+        self._ahead = b""
+        self._buffer: memoryview | None = None
 
     def abort(self) -> None:
         """Wake whoever waits on this stream; their calls fail."""
@@ -152,25 +155,54 @@ class DataStream:
             raise WireError(f"the data stream is out of step: a frame of {length} bytes with magic {magic!r}")
         if length > expect:
             data += self.receive(length - expect, limits)
-        return self.session.open(Frame(check, bytes(memoryview(data)[HEADER.size :])))
+        return self.session.open(Frame(check, bytes(data[HEADER.size :])))
+
+    def receive_request(self) -> bytes:
+        """The payload of the reader's next sealed frame; for owners. Takes all that has come in one call: behind a
+        request there is nothing but further ones, until it is answered.
+
+        Raises: WireError for a bad or too large frame, PeerGone.
+        """
+        while True:
+            data = self._ahead
+            if len(data) >= HEADER.size:
+                magic, length, check = HEADER.unpack_from(data)
+                if magic != MAGIC or length > MAX_REQUEST_BYTES:
+                    raise WireError(f"the data stream is out of step: a frame of {length} bytes with magic {magic!r}")
+                end = HEADER.size + length
+                if len(data) >= end:
+                    self._ahead = data[end:]
+                    return self.session.open(Frame(check, data[HEADER.size : end]))
+            if self._buffer is None:
+                self._buffer = memoryview(bytearray(REQUEST_BUFFER_BYTES))
+            self._ahead += self._buffer[: self._await(self._buffer, None, 0)]
 
     def _await_frame(self, place: memoryview, limits: Limits | None) -> None:
-        """Fill `place` with the beginning of the next frame. Sleeps at once, unless frames have come quickly of late:
+        """Fill `place` with the beginning of the next frame."""
+        got = self._await(place, limits, socket.MSG_WAITALL)
+        if got < len(place):
+            self.receive_into(place[got:], limits)
+
+    def _await(self, place: memoryview, limits: Limits | None, flags: int) -> int:
+        """Wait for the first bytes of a frame; how many came. Sleeps at once, unless frames have come quickly of late:
         being woken takes longer than a small block does."""
+        got: int | None = None
         if self._awake:
             try:
                 got = receive_soon(self.socket.fileno(), place, AWAKE_US)
             except OSError as error:
                 self._waited(error, limits)
-                got = None
-            if got == 0:
-                raise PeerGone("the peer closed the data stream", peer=self.peer)
-            if got is not None:
-                self.receive_into(place[got:], limits)
-                return
-        slept_s = time.perf_counter()
-        self.receive_into(place, limits)
-        self._awake = time.perf_counter() - slept_s < BUSY_S
+        if got is None:
+            slept_s = time.perf_counter()
+            while got is None:
+                try:
+                    got = self.socket.recv_into(place, 0, flags)
+                except OSError as error:
+                    self._waited(error, limits)
+            self._awake = time.perf_counter() - slept_s < BUSY_S
+        if got == 0:
+            raise PeerGone("the peer closed the data stream", peer=self.peer)
+        return got
 
     def receive_into(self, place: memoryview, limits: Limits | None = None) -> None:
         """Fill `place`. Raises: PeerGone, and what `limits` raises."""
@@ -190,6 +222,8 @@ class DataStream:
 
     def receive_vectors(self, vectors: Vectors, limits: Limits | None = None) -> None:
         """Receive straight into place. Raises: PeerGone, and what `limits` raises."""
+        if self._ahead:
+            raise WireError("the data stream is out of step: bytes came before they were asked for")
         self._move("recvmsg", vectors, socket.MSG_WAITALL, limits)
 
     def _move(self, call: Literal["sendmsg", "recvmsg"], vectors: Vectors, flags: int, limits: Limits | None) -> None:

@@ -24,6 +24,7 @@ from kvferry.errors import (
     TransferTimeout,
     TransportError,
 )
+from kvferry.policy.streams import StreamCount
 from kvferry.transport.base import BlockList, Guard, Link, Region, RemoteRegion, StopToken, Transport
 from kvferry.transport.copying import SMALL_BYTES, Limits, slices
 from kvferry.transport.registry import TransportContext
@@ -50,6 +51,7 @@ CHUNK_BYTES = 64 << 20
 CHUNK_BLOCKS = 4096
 REQUESTS_AHEAD = 2
 _DRAIN_S = 1.0
+_NEVER = StopToken()
 
 
 class TcpTransport(Transport):
@@ -108,30 +110,6 @@ def split_address(address: str) -> tuple[str, int]:
     return host.strip("[]"), int(port)
 
 
-class StreamCount:
-    """How many streams a large batch gets: each count is tried, then the best is kept and now and then checked."""
-
-    def __init__(self, most: int) -> None:
-        self._counts = [count for count in (1, 2, 4, 8) if count <= most] or [1]
-        self._rates: dict[int, float] = {}
-        self._batches = 0
-
-    def choose(self) -> int:
-        """The number of streams for the next large batch."""
-        self._batches += 1
-        for count in self._counts:
-            if count not in self._rates:
-                return count
-        if self._batches % 32 == 0:
-            return self._counts[self._batches // 32 % len(self._counts)]
-        return max(self._rates, key=lambda count: self._rates[count])
-
-    def learn(self, count: int, bytes_per_s: float) -> None:
-        """What `count` streams gave."""
-        known = self._rates.get(count, bytes_per_s)
-        self._rates[count] = 0.5 * known + 0.5 * bytes_per_s
-
-
 class _Chunk(NamedTuple):
     vectors: Vectors
     request: bytes
@@ -160,19 +138,29 @@ class TcpLink(Link):
         self.give(self.take(Limits(StopToken(), deadline_s, self._peer)))
 
     def read(self, blocks: list[BlockList], *, guard: Guard | None, stop: StopToken, deadline_s: float) -> None:
-        words = None
-        if guard is not None:
-            holder = self.guard_region(guard)
-            words = (holder.region_id, holder.token, guard.offset, guard.word)
         digest = self._context.settings.verify_digest
         if len(blocks) == 1 and len(blocks[0].source_offsets) == 1 and blocks[0].nbytes <= SMALL_BYTES and not digest:
-            self._read_small(blocks[0], words, Limits(stop, deadline_s, self._peer))
+            self._read_small(blocks[0], guard, Limits(stop, deadline_s, self._peer))
             return
+        words = self._words(guard)
         chunks = deque(
             _Chunk(vectors, requests.encode(ReadRequest((part,), words, digest)))
             for part, vectors in self._chunks(blocks, writing=False)
         )
         self._run(chunks, self._read_chunks, Limits(stop, deadline_s, self._peer))
+
+    def read_block(self, block: BlockList, *, guard: Guard | None, deadline_s: float) -> None:
+        if block.nbytes > SMALL_BYTES or self._context.settings.verify_digest:
+            super().read_block(block, guard=guard, deadline_s=deadline_s)
+        else:
+            self._read_small(block, guard, Limits(_NEVER, deadline_s, self._peer))
+
+    def _words(self, guard: Guard | None) -> tuple[int, str, int, int] | None:
+        """The guard as requests carry it."""
+        if guard is None:
+            return None
+        holder = self.guard_region(guard)
+        return holder.region_id, holder.token, guard.offset, guard.word
 
     def write(self, blocks: list[BlockList], *, stop: StopToken, deadline_s: float) -> None:
         digest = self._context.settings.verify_digest
@@ -265,18 +253,25 @@ class TcpLink(Link):
             stream.receive_vectors(chunk.vectors, limits)
             self._receive_trailer(stream, chunk, limits)
 
-    def _read_small(self, block: BlockList, words: tuple[int, str, int, int] | None, limits: Limits) -> None:
-        """One block that the owner sends together with its verdict: received in one call, into place."""
-        remote, local = block.source, block.target
+    def _read_small(self, block: BlockList, guard: Guard | None, limits: Limits) -> None:
+        """One block that the owner sends together with its verdict."""
+        remote, local, sources, targets, nbytes = block
         assert isinstance(remote, RemoteRegion) and isinstance(local, Region)
-        request = BlockRequest(remote.region_id, remote.token, block.nbytes, int(block.source_offsets[0]), words)
-        with self._stream(limits) as stream:
-            stream.send_frame(requests.encode(request), limits)
+        words = None if guard is None else self._words(guard)
+        request = requests.encode(BlockRequest(remote.region_id, remote.token, nbytes, sources.item(), words))
+        stream = self.take(limits)
+        try:
+            stream.send_frame(request, limits)
             status = stream.receive_frame(MAX_STATUS_BYTES, limits, expect=TRAILER.size)
             if len(status) != TRAILER.size:
                 self._refuse(status)
             self._check_trailer(status)
-            stream.receive_into(view_of(local.address + int(block.target_offsets[0]), block.nbytes), limits)
+            stream.receive_into(view_of(local.address + targets.item(), nbytes), limits)
+        except BaseException:
+            # Also where the owner refused: the answers to further requests may still be on their way.
+            self.drop(stream)
+            raise
+        self.give(stream)
 
     def _write_chunks(self, stream: DataStream, chunks: deque[_Chunk], limits: Limits) -> None:
         while chunks:

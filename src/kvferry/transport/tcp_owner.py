@@ -23,7 +23,6 @@ from kvferry.transport.registry import TransportContext
 from kvferry.transport.streams import (
     BROKEN,
     GOOD,
-    MAX_REQUEST_BYTES,
     MAX_STATUS_BYTES,
     PREFACE,
     STANDS,
@@ -106,7 +105,7 @@ class StreamServer:
                 limits=Limits(self._stop, HANDSHAKE_S, peer),
             )
             while True:
-                self._answer(stream, stream.receive_frame(MAX_REQUEST_BYTES))
+                self._answer(stream, stream.receive_request())
         except WireError as error:
             self.refusals.add(peer, error)
         except (KVError, OSError):

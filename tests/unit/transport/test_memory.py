@@ -39,7 +39,7 @@ from kvferry.transport.copying import (
 )
 from kvferry.transport.memory import SharedBuffer, WordTable, find_backing, size_is_sealed
 from kvferry.transport.registry import TransportContext, TransportSettings, create_transport, register_transport
-from kvferry.transport.tcp import StreamCount, split_address
+from kvferry.transport.tcp import split_address
 from kvferry.transport.vectors import VectorCursor, digest_of, merge_adjacent, vectors_of
 from kvferry.types import new_incarnation
 
@@ -251,18 +251,6 @@ def test_vectors_are_sent_and_received_in_parts_straight_into_place() -> None:
         right.close()
     assert digest_of(into) == digest_of(out)
     assert np.array_equal(target.reshape(-1, 1000)[order[::-1] // 1000], source.reshape(-1, 1000)[order // 1000])
-
-
-def test_the_stream_count_settles_on_what_gave_most() -> None:
-    count = StreamCount(4)
-    rates = {1: 5.0, 2: 9.0, 4: 7.0}
-    chosen = []
-    for _ in range(20):
-        streams = count.choose()
-        chosen.append(streams)
-        count.learn(streams, rates[streams])
-    assert chosen[:3] == [1, 2, 4]
-    assert set(chosen[3:]) == {2}
 
 
 @pytest.mark.parametrize(
