@@ -1,0 +1,97 @@
+"""A put's bytes on their way into the arena: copied out of the client's memory, and digested while a cache holds them.
+
+The digest is taken of the client's bytes where they are mapped here. The copy has just brought these into a cache; what
+it wrote bypassed the caches, and would have to come from memory once more. The client's word is looked at after both:
+until it changes, the client's bytes do not.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+import xxhash
+
+from kvferry.errors import LeaseExpired, RegistrationError
+from kvferry.layout import Offsets
+from kvferry.pool.arena import Arena
+from kvferry.pool.parts import BlockPart, block_bytes, part_runs
+from kvferry.transfer import Peer, TransferEngine
+from kvferry.transport.base import BlockList, Guard, RemoteRegion
+
+STEP_BYTES = 8 << 20
+"""How much is copied before its digests are taken, and between two looks at the client's word: it fits a cache, and a
+put that was given up ends soon."""
+
+Memory = npt.NDArray[np.uint8]
+
+
+def pull_blocks(
+    engine: TransferEngine,
+    peer: Peer,
+    arena: Arena,
+    *,
+    parts: Sequence[BlockPart],
+    places: Offsets,
+    slabs: list[int],
+    guard: Guard,
+    deadline_s: float,
+) -> list[int]:
+    """Copy blocks from the client's memory into slabs. Blocks; on a thread that is no event loop's.
+
+    Args:
+        places: int64 [num_blocks], where each block lies at the client, as `parts` count.
+        guard: the client's word; what was copied counts only while it stands.
+    Returns: the xxh3-64 of each block.
+    Raises: as `TransferEngine.read`. After failure the slabs hold unspecified bytes; no further byte will land.
+    """
+    until_s = time.monotonic() + deadline_s
+    sources = {part.region: _region(peer, part.region) for part in parts}
+    views = {region: engine.mapped(peer, region) for region in sources}
+    mapped = {region: view for region, view in views.items() if view is not None}
+    near = len(mapped) == len(sources)
+    step = max(1, STEP_BYTES // block_bytes(parts)) if near else len(slabs)
+    digests: list[int] = []
+    for first in range(0, len(slabs), step):
+        some, offsets = places[first : first + step], arena.offsets(slabs[first : first + step])
+        blocks = [
+            BlockList(sources[run.region], arena.region, run.offsets, run.pool_offsets, run.nbytes)
+            for run in part_runs(parts, some, offsets)
+        ]
+        left_s = max(0.001, until_s - time.monotonic())
+        if not near:
+            engine.read_sync(peer, blocks, guard=guard, deadline_s=left_s)
+            here = [BlockPart(0, 0, 1, block_bytes(parts))]
+            digests += _digests(here, offsets, {0: arena.region.buffer})
+            continue
+        engine.read_sync(peer, blocks, deadline_s=left_s)
+        digests += _digests(parts, some, mapped)
+        if engine.load_word_sync(peer, guard.region_id, guard.offset, deadline_s=left_s) != guard.word:
+            raise LeaseExpired("the client took its word back while its blocks were copied", peer=peer.name)
+    return digests
+
+
+def _region(peer: Peer, region_id: int) -> RemoteRegion:
+    region = peer.regions.get(region_id)
+    if region is None:
+        raise RegistrationError(f"you took region {region_id} back while its blocks were to be copied", peer=peer.name)
+    return region
+
+
+def _digests(parts: Sequence[BlockPart], places: Offsets, memory: dict[int, Memory]) -> list[int]:
+    """xxh3-64 of each block, over its parts in order."""
+    views = {region: memoryview(view.data) for region, view in memory.items()}
+    if len(parts) == 1:
+        part, view = parts[0], views[parts[0].region]
+        starts = (places * part.stride + part.base).tolist()
+        return [xxhash.xxh3_64_intdigest(view[at : at + part.nbytes]) for at in starts]
+    digests: list[int] = []
+    for place in places.tolist():
+        state = xxhash.xxh3_64()
+        for part in parts:
+            at = part.base + place * part.stride
+            state.update(views[part.region][at : at + part.nbytes])
+        digests.append(state.intdigest())
+    return digests
