@@ -12,11 +12,12 @@ from typing import Any
 import msgspec
 from rich.console import Console
 
-from kvferry.config import CONFIG_FILE, cluster_secret, load
+from kvferry.config import CONFIG_FILE
 from kvferry.doctor.checks import examine
 from kvferry.doctor.facts import Facts, Side
 from kvferry.doctor.gather import gather
 from kvferry.doctor.report import as_json, exit_status, show, show_probe
+from kvferry.doctor.secret import secret_of
 from kvferry.errors import KVError
 
 EXIT_UNUSABLE = 2
@@ -127,13 +128,11 @@ def _with_versions(facts: Facts, of_logs: dict[str, str]) -> tuple[Side, ...]:
 
 
 def _secret(facts: Facts) -> bytes | None:
-    """The cluster secret of the settings file, of an instance that was named, or of this process's environment."""
-    if facts.kvferry is not None:
-        return cluster_secret(facts.kvferry)
-    for environment in (*(s.environment for s in facts.sides), os.environ):
-        if found := {k: v for k, v in environment.items() if k.startswith("KVFERRY_CLUSTER_SECRET")}:
-            return cluster_secret(load(None, found))
-    return None
+    """The cluster secret of an instance that was named, of the settings file, or of this process's environment."""
+    for side in facts.sides:
+        if secret := secret_of(side, None):
+            return secret
+    return secret_of(None, facts.kvferry) or secret_of(Side("decode", "here", "this process", dict(os.environ)), None)
 
 
 def _examined(facts: Facts, args: argparse.Namespace) -> str:

@@ -198,7 +198,7 @@ def the_prefill_request_queues(bench: Bench) -> list[Finding]:
     return ask_doctor(url)
 
 
-@fault("KVF107", "decode has no room for what prefill offers")
+@fault("KVF109", "decode has no room for what prefill offers")
 def decode_waits_for_its_own_blocks(bench: Bench) -> list[Finding]:
     url = start_router(bench)
     fleet = Fleet(bench, url)

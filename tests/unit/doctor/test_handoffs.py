@@ -83,6 +83,16 @@ def test_an_instance_in_trouble_is_named_before_the_handoff_that_waits_for_it(
     assert (f"{who} itself" in findings[1].seen) == (who == "decode-0")
 
 
+def test_handoffs_that_wait_for_one_reason_are_told_of_together_the_oldest_first() -> None:
+    views = [{**TARGET, "handoff": f"{i:032x}", "stage": "reserving", "age_s": 3.0 + i} for i in range(9)]
+    full = {**DECODE, "free_blocks": 11, "running": 1, "waiting": 9}
+    (finding,) = said(instances=[PREFILL, full], handoffs=views, requests=[])
+    assert finding.id == "KVF109"
+    assert finding.seen.startswith(f"handoff {8:032x}: decode-0 is reserving since 11.0 s for prefill-0")
+    assert "8 more wait like this (000000000000" in finding.seen
+    assert "11 of 64 blocks are free at decode-0, with 1 running and 9 waiting requests" in finding.seen
+
+
 def test_a_peer_that_left_the_table_is_gone() -> None:
     findings = said(instances=[DECODE])
     assert [f.id for f in findings] == ["KVF108", "KVF105"]

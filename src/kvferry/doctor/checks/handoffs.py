@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 from kvferry.doctor.case import Case
 from kvferry.doctor.checks.live import SILENT_S, instances_of, is_probe
@@ -12,6 +12,8 @@ from kvferry.doctor.findings import Finding, found
 STUCK_AFTER_S = 2.0
 RECOMPUTED_SHARE = 0.5
 MIN_OUTCOMES = 4
+_UNKNOWN = "an unknown peer"
+_NAMED = 5
 _WAITING = ("reserving", "waiting", "subscribed", "pulling", "draining")
 
 _MEANINGS = {
@@ -63,17 +65,20 @@ _MEANINGS = {
 
 
 def handoffs(case: Case) -> Iterator[Finding]:
-    """KVF107, KVF108, KVF110, KVF111, KVF115: handoffs that do not move, and how the latest ones ended."""
+    """KVF107, KVF108, KVF109, KVF110, KVF111, KVF115: handoffs that do not move, and how the latest ones ended."""
     state = case.facts.router
     if state is None:
         return
     members = {str(m.get("instance_id")): m for m in instances_of(state)}
     requests = [r for r in state.get("requests") or () if not is_probe(r)]
     told: set[object] = set()
-    for view in state.get("handoffs") or ():
+    groups: dict[_Why, list[dict[str, Any]]] = {}
+    for view in sorted(state.get("handoffs") or (), key=_age, reverse=True):
         if view.get("side") == "target" and view.get("stage") in _WAITING and _age(view) >= STUCK_AFTER_S:
             told.add(view.get("handoff"))
-            yield _stuck(state, members, requests, view)
+            groups.setdefault(_why(state, members, requests, view), []).append(view)
+    for why, views in groups.items():
+        yield found(why.finding, _account(state, members, requests, views) + why.cause, why.fix)
     for request in requests:
         # Once decode has the KV, prefill may go.
         needed = ("decode", "prefill") if request.get("stage") == "prefill" else ("decode",)
@@ -90,45 +95,79 @@ def handoffs(case: Case) -> Iterator[Finding]:
     yield from _ended(state)
 
 
-def _stuck(
+class _Why(NamedTuple):
+    """Why handoffs wait: those with the same reason are told of together."""
+
+    finding: str
+    cause: str
+    fix: str
+    stage: str
+
+
+def _why(
     state: dict[str, Any], members: dict[str, dict[str, Any]], requests: list[dict[str, Any]], view: dict[str, Any]
-) -> Finding:
-    request = next((r for r in requests if r.get("handoff") == view.get("handoff")), {})
-    target = str(view.get("instance"))
-    source = str(request.get("prefill") or view.get("peer") or "an unknown peer")
+) -> _Why:
+    target, source, stage = str(view.get("instance")), _source(requests, view), str(view.get("stage"))
+    if trouble := _trouble(members.get(target)):
+        return _Why("KVF107", f"likely cause: {target} itself: {trouble}", f"look at {target}: {trouble}", stage)
+    if source not in members and source != _UNKNOWN:
+        gone = f"{source} no longer reports itself: its process ended or is stopped, or it does not reach the router"
+        return _Why("KVF108", gone, f"continue or start {source} again", stage)
+    if stage == "reserving":
+        own = members.get(target, {})
+        room = f"{own.get('free_blocks')} of {own.get('num_blocks')} blocks are free at {target}, with {_queue(own)}"
+        fix = f"start {target} with more blocks, let fewer requests in at once, or add a decode instance"
+        return _Why("KVF109", f"likely cause: {room}: the next request needs more than that", fix, stage)
+    other, member = _counterpart(state, view), members.get(source)
+    return _Why(
+        "KVF107",
+        f"likely cause: {_source_cause(member, other, source, target)}",
+        f"look at {source}: its queue, its log, its serving loop; the request ends by itself at its deadline",
+        stage,
+    )
+
+
+def _account(
+    state: dict[str, Any],
+    members: dict[str, dict[str, Any]],
+    requests: list[dict[str, Any]],
+    views: list[dict[str, Any]],
+) -> str:
+    """Who waits for whom, in which stage and since when: the oldest of these handoffs, and the others by name."""
+    oldest = views[0]
+    source = _source(requests, oldest)
+    request = next((r for r in requests if r.get("handoff") == oldest.get("handoff")), {})
     of = f" of request {request['request']}" if request.get("request") else ""
     seen = (
-        f"handoff {view.get('handoff')}{of}: {target} is {view.get('stage')} since {_age(view):.1f} s "
-        f"for {source}, {float(view.get('remaining_s') or 0):.1f} s remain{_detail(view)}"
+        f"handoff {oldest.get('handoff')}{of}: {oldest.get('instance')} is {oldest.get('stage')} since "
+        f"{_age(oldest):.1f} s for {source}, {float(oldest.get('remaining_s') or 0):.1f} s remain{_detail(oldest)}; "
     )
-    if trouble := _trouble(members.get(target)):
-        return found("KVF107", f"{seen}; likely cause: {target} itself: {trouble}", f"look at {target}: {trouble}")
-    if source not in members and source != "an unknown peer":
-        gone = f"{source} no longer reports itself: its process ended or is stopped, or it does not reach the router"
-        return found("KVF108", f"{seen}; {gone}", f"continue or start {source} again")
-    if view.get("stage") == "reserving":
-        own = members.get(target, {})
-        full = f"{own.get('free_blocks')} of {own.get('num_blocks')} blocks are free at {target}"
-        return found("KVF107", f"{seen}; likely cause: {full}, and this request needs more", "see KVF109: more blocks")
-    other = _counterpart(state, view)
-    member = members.get(source)
-    heard = f", last heard {float(member['silent_s']):.1f} s ago" if member and "silent_s" in member else ""
-    there = (
-        f"there it is {other.get('stage')}{_detail(other)} since {_age(other):.1f} s" if other else "not listed there"
-    )
-    return found(
-        "KVF107",
-        f"{seen}; {source}{heard}: {there}; likely cause: {_source_cause(member, other, source, target)}",
-        f"look at {source}: its queue, its log, its serving loop; the request ends by itself at its deadline",
-    )
+    other, member = _counterpart(state, oldest), members.get(source)
+    if member is not None:
+        heard = f", last heard {float(member['silent_s']):.1f} s ago" if "silent_s" in member else ""
+        there = f"there it is {other.get('stage')}{_detail(other)} since {_age(other):.1f} s" if other else "not listed"
+        seen += f"{source}{heard}: {there}; "
+    if more := views[1:]:
+        names = ", ".join(str(v.get("handoff"))[:12] for v in more[:_NAMED]) + (" …" if len(more) > _NAMED else "")
+        seen += f"{len(more)} more wait like this ({names}); "
+    return seen
+
+
+def _source(requests: list[dict[str, Any]], view: dict[str, Any]) -> str:
+    request = next((r for r in requests if r.get("handoff") == view.get("handoff")), {})
+    return str(request.get("prefill") or view.get("peer") or _UNKNOWN)
+
+
+def _queue(member: dict[str, Any] | None) -> str:
+    running, waiting = (int((member or {}).get(k) or 0) for k in ("running", "waiting"))
+    return f"{running} running and {waiting} waiting requests"
 
 
 def _source_cause(member: dict[str, Any] | None, view: dict[str, Any], source: str, target: str) -> str:
     """Why the source has not delivered, by what it and the router say of it."""
     if trouble := _trouble(member):
         return trouble
-    running, waiting = (int((member or {}).get(k) or 0) for k in ("running", "waiting"))
-    queue = f"{running} running and {waiting} waiting requests"
+    queue = _queue(member)
     stage = view.get("stage")
     if stage == "sealed":
         return f"everything is published there and {target} does not get it: the way between the two is slow or closed"
@@ -136,7 +175,7 @@ def _source_cause(member: dict[str, Any] | None, view: dict[str, Any], source: s
         return f"the KV cache of {source} is full, with {queue}"
     if stage in ("open", "publishing"):
         return f"{source} has {queue} and is not done with this one"
-    if waiting:
+    if member and member.get("waiting"):
         return f"its request queues at {source} behind {queue}"
     return (
         f"the request did not reach {source}, or reached it without its ticket: something between the router and it "
