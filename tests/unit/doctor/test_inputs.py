@@ -6,6 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from kvferry.config import load
+from kvferry.doctor import Facts
+from kvferry.doctor.command import _secret
+from kvferry.doctor.facts import Side
 from kvferry.doctor.inputs import parse_env_file, read_config, read_side
 from kvferry.errors import ConfigError
 
@@ -84,3 +88,16 @@ def test_a_sides_own_mooncake_json_is_read_beside_its_description(tmp_path: Path
     side = read_side("prefill", str(tmp_path / "p.env"), "prefill")
     assert side.mooncake == {"metadata_server": "P2PHANDSHAKE"}
     assert side.versions == {"vllm": "0.26.0"}
+
+
+def test_the_secret_for_the_probe_is_an_instances_own_before_the_files_and_ours(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("KVFERRY_CLUSTER_SECRET", "o" * 32)
+    side = Side("prefill", "prefill", "values", {"KVFERRY_CLUSTER_SECRET": "i" * 32})
+    settings = load('[cluster]\nsecret = "ffffffffffffffffffffffffffffffff"\n')
+    assert _secret(Facts(sides=(side,), kvferry=settings)) == b"i" * 32
+    assert _secret(Facts(kvferry=settings)) == b"f" * 32
+    assert _secret(Facts(kvferry=load("[engine]\nblock_size = 16\n"))) == b"o" * 32
+    monkeypatch.delenv("KVFERRY_CLUSTER_SECRET")
+    assert _secret(Facts()) is None
