@@ -34,6 +34,7 @@ _PREFIX_COUNT = {
     "came": re.compile(r"^vllm:external_prefix_cache_hits_total(?:\{[^\n]*\})? ([\d.e+]+)$", re.M),
 }
 _DEFAULT_PORTS = {"etcd": 2379, "redis": 6379, "http": 80, "master": 50051}
+_ASKED = ("etcd", "redis", "http")
 _KINDS = ("etcd", "redis", "http", "https")
 _CONNECT = (
     "import socket,sys\n"
@@ -47,7 +48,8 @@ _CONNECT = (
 
 def gather_reaches(case: Case) -> tuple[Reach, ...]:
     """Connect to every server and address that the facts name, side by side."""
-    jobs = [*_server_jobs(case), *_directory_jobs(case), *_master_jobs(case), *_advertised_jobs(case)]
+    jobs = [*_server_jobs(case), *_directory_jobs(case), *_router_jobs(case), *_master_jobs(case)]
+    jobs += _advertised_jobs(case)
     if not jobs:
         return ()
     with ThreadPoolExecutor(max_workers=16) as threads:
@@ -101,6 +103,20 @@ def _directory_jobs(case: Case) -> list[Job]:
     return list(jobs.values())
 
 
+def _router_jobs(case: Case) -> list[Job]:
+    """The router that a running instance reports to."""
+    jobs: list[Job] = []
+    for side in case.facts.sides:
+        try:
+            parts = urlsplit(case.settings[side.name].flag("cluster-router-url") or "")
+            host, port = parts.hostname, parts.port or 80
+        except ValueError:
+            continue
+        if side.process is not None and host:
+            jobs.append((side.name, host, port, "router", _foreign(case, side.process)))
+    return jobs
+
+
 def _master_jobs(case: Case) -> list[Job]:
     jobs: list[Job] = []
     for side in case.facts.sides:
@@ -145,9 +161,9 @@ def _try(seen_from: str, host: str, port: int, purpose: str, inside: int | None)
     outcome, address = _connect(host, port)
     answer = stopped = ""
     kind = purpose.partition(" ")[0].replace("pool-directory", "redis")
-    if outcome == "open" and kind in _DEFAULT_PORTS:
+    if outcome == "open" and kind in (*_DEFAULT_PORTS, "router"):
         stopped = stopped_owner(host, port)
-        answer = "" if stopped or kind == "master" else ask(kind, host, port)
+        answer = "" if stopped or kind not in _ASKED else ask(kind, host, port)
     return Reach(seen_from, host, port, outcome, purpose, address, answer, stopped)
 
 

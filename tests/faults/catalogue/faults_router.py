@@ -54,6 +54,34 @@ def the_router_is_a_web_server(bench: Bench) -> list[Finding]:
     return ask_doctor(f"http://127.0.0.1:{bench.server('http')}")
 
 
+@fault("KVF100", "the instances wait for a router that has ended")
+def the_instances_router_is_not_there(bench: Bench) -> list[Finding]:
+    return _with_router(bench, f"http://127.0.0.1:{bench.port()}")
+
+
+@fault("KVF100", "the instances report to a router that is stopped")
+def the_instances_router_is_stopped(bench: Bench) -> list[Finding]:
+    url = start_router(bench)
+    bench.stop(str(bench.processes[-1].pid))
+    return _with_router(bench, url)
+
+
+@healthy
+def instances_with_their_router(bench: Bench) -> list[Finding]:
+    return _with_router(bench, start_router(bench))
+
+
+def _with_router(bench: Bench, url: str) -> list[Finding]:
+    """Two running instances of kvferry that are to report to this router."""
+    pids = []
+    for role in ("prefill", "decode"):
+        p, _ = nixl(bench)
+        p.args = ["kvferry", "engine", "--role", role, "--port", p.args[p.args.index("--port") + 1]]
+        p.env = {"KVFERRY_CLUSTER_SECRET": "s" * 32, "KVFERRY_CLUSTER_ROUTER_URL": url}
+        pids.append(bench.start(p))
+    return bench.examine(prefill=pids[:1], decode=pids[1:])
+
+
 @fault("KVF101", "Chinese text and emoji arrive broken, English is fine")
 def a_proxy_decodes_and_encodes_each_chunk(bench: Bench) -> list[Finding]:
     return probe(start_proxy(bench, start_router(bench), "mangle"))

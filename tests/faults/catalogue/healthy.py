@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 from catalogue.bench import MODEL, Bench, Spec, mooncake, nixl, old_mooncake, run
+from catalogue.router import start_router
 from catalogue.table import healthy
 from kvferry.doctor import Finding
 
@@ -294,11 +295,11 @@ def ascend_mooncake_on_one_machine(bench: Bench) -> list[Finding]:
 
 @healthy
 def kvferry_in_vllm_with_tensor_parallelism(bench: Bench) -> list[Finding]:
-    pids = []
+    pids, url = [], start_router(bench)
     for i, role in enumerate(("kv_producer", "kv_consumer")):
         p, _ = nixl(bench, tp=2, first_gpu=2 * i)
         kv = {"kv_connector": "KVFerryConnector", "kv_connector_module_path": "kvferry.connector.vllm", "kv_role": role}
-        extra = {"router": "http://127.0.0.1:8000", "listen": "tcp://127.0.0.1:0", "transports": ["cuda", "shm", "tcp"]}
+        extra = {"router": url, "listen": "tcp://127.0.0.1:0", "transports": ["cuda", "shm", "tcp"]}
         p.flag("--kv-transfer-config", json.dumps({**kv, "kv_connector_extra_config": extra}))
         p.env.pop("VLLM_NIXL_SIDE_CHANNEL_PORT")
         p.env["KVFERRY_CLUSTER_SECRET"] = "s" * 32

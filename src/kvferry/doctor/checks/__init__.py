@@ -35,6 +35,7 @@ CHECKS: tuple[Check, ...] = (
     transfer.backends,
     own.secrets,
     own.meeting_places,
+    own.routers,
     own.transports,
     own.shared_memory,
     servers.files,

@@ -12,6 +12,12 @@ from kvferry.doctor.facts import Side
 from kvferry.doctor.findings import Finding, found
 from kvferry.doctor.settings import split_host_port
 
+_ABSENT = {
+    "refused": "refuses connections: nothing listens there",
+    "timeout": "does not answer (connection timed out)",
+    "unreachable": "cannot be reached (no route)",
+    "unresolved": "does not resolve to an address",
+}
 _SECRET = "KVFERRY_CLUSTER_SECRET"
 
 
@@ -49,6 +55,23 @@ def meeting_places(case: Case) -> Iterator[Finding]:
                     f"{p.name}: {flag} {a or 'not set'}; {d.name}: {flag} {b or 'not set'}",
                     f"set {variable}={a or b} on both",
                 )
+
+
+def routers(case: Case) -> Iterator[Finding]:
+    """KVF100: the router that a running instance is to report to is not there, or is stopped."""
+    for reach in case.facts.reaches:
+        if reach.purpose != "router" or (reach.outcome == "open" and not reach.stopped_owner):
+            continue
+        where = f"{reach.seen_from}: its router {reach.host}:{reach.port}"
+        stopped = f"takes connections and does not answer: {reach.stopped_owner} is stopped"
+        yield found(
+            "KVF100",
+            f"{where} {stopped if reach.stopped_owner else _ABSENT.get(reach.outcome, reach.outcome)}",
+            f"continue it: kill -CONT {reach.stopped_owner.rpartition(' ')[2].rstrip(')')}"
+            if reach.stopped_owner
+            else f"start it (kvferry router --host {reach.host} --port {reach.port}), or correct cluster.router_url of "
+            f"{reach.seen_from}",
+        )
 
 
 def transports(case: Case) -> Iterator[Finding]:
