@@ -114,7 +114,9 @@ def run_up(args: argparse.Namespace) -> int:
         args.decode,
         settings,
         engine=args.engine,
-        vllm=VllmOptions(_vllm_command(args.vllm) if args.engine == "vllm" else (), tuple(shlex.split(args.vllm_args))),
+        vllm=VllmOptions(
+            _vllm_command(args.vllm) if args.engine == "vllm" else (), _words("--vllm-args", args.vllm_args)
+        ),
         share_gpus=args.share_gpus,
         logs_dir=args.logs,
         port_base=args.port_base,
@@ -260,6 +262,14 @@ def _with(settings: Settings, *, model: str | None, port: int | None, pool: Sequ
     return settings
 
 
+def _words(flag: str, text: str) -> tuple[str, ...]:
+    """A text as a shell would split it. Raises: ConfigError for a quotation without its end."""
+    try:
+        return tuple(shlex.split(text))
+    except ValueError as error:
+        raise ConfigError(f"{flag} {text}: {error}") from error
+
+
 def _vllm_command(given: str | None) -> tuple[str, ...]:
     """How vLLM is called: as told, else the `vllm` beside this Python, else the one in PATH.
 
@@ -267,7 +277,7 @@ def _vllm_command(given: str | None) -> tuple[str, ...]:
         ConfigError: there is none.
     """
     if given is not None:
-        return tuple(shlex.split(given))
+        return _words("--vllm", given)
     beside = Path(sys.executable).with_name("vllm")
     found = str(beside) if beside.exists() else shutil.which("vllm")
     if found is None:

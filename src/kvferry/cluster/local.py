@@ -76,6 +76,8 @@ class LocalCluster:
     Args:
         tell: gets a line of text for each step of the start, and at least every few seconds.
         num_alone: instances of role `both` that `start_alone` will add; they are counted when threads are spread.
+    Raises:
+        ConfigError: the directory for the logs cannot be made.
     """
 
     def __init__(self, plan: ClusterPlan, tell: Callable[[str], None], *, num_alone: int = 0) -> None:
@@ -93,7 +95,10 @@ class LocalCluster:
         self._held_ports: list[socket.socket] = []
         self._own_logs = plan.logs_dir is None
         self.logs_dir = plan.logs_dir or Path(tempfile.mkdtemp(prefix="kvferry-"))
-        self.logs_dir.mkdir(parents=True, exist_ok=True)
+        try:
+            self.logs_dir.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"--logs {self.logs_dir}: {error.strerror}; name a directory to write into") from error
 
     async def start(self) -> None:
         """Start everything and wait until the router serves and knows every instance.

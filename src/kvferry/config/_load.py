@@ -211,26 +211,29 @@ def _nearest(seen: str, known: Mapping[str, Any] | Sequence[str]) -> str:
 
 
 _ADDRESSES = {
-    "cluster.router_url": ("http", "http://host:port"),
-    "handoff.listen": ("tcp", "tcp://host:port"),
-    "pool.listen": ("tcp", "tcp://host:port"),
+    "cluster.router_url": "http://host:port",
+    "engine.pool": "tcp://host:port",
+    "handoff.listen": "tcp://host:port",
+    "pool.listen": "tcp://host:port",
 }
 
 
 def _check_addresses(settings: Settings, origin: Mapping[str, str]) -> None:
     """Found out before anything starts: what is bound or joined only after a model was loaded."""
-    for name, (scheme, expected) in _ADDRESSES.items():
+    for name, expected in _ADDRESSES.items():
         section, key = name.split(".")
         value = getattr(getattr(settings, section), key)
-        if name not in origin or value is None:
-            continue
-        try:
-            parts = urlsplit(value)
-            good = parts.scheme == scheme and parts.hostname and (parts.port is not None or scheme == "http")
-        except ValueError:
-            good = False
-        if not good:
-            raise ConfigError(f"{origin[name]}: {value!r} is no address; expected {expected}")
+        for address in value if isinstance(value, tuple) else [] if value is None else [value]:
+            if not _is_address(address, expected.partition(":")[0]):
+                raise ConfigError(f"{origin[name]}: {address!r} is no address; expected {expected}")
+
+
+def _is_address(text: str, scheme: str) -> bool:
+    try:
+        parts = urlsplit(text)
+        return parts.scheme == scheme and bool(parts.hostname) and (parts.port is not None or scheme == "http")
+    except ValueError:
+        return False
 
 
 def _check_together(settings: Settings, origin: Mapping[str, str]) -> None:

@@ -253,11 +253,21 @@ def test_the_command_serves_tells_its_url_and_ends_on_a_signal(
 async def test_a_taken_port_names_its_holder(model_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        settings = load(None, {}, {"engine.model": FlagValue("--model", str(model_path))})
-        engine = msgspec.structs.replace(settings.engine, port=port, device="cpu")
-        instance = EngineInstance(msgspec.structs.replace(settings, engine=engine))
-        with pytest.raises(ConfigError, match=rf"engine.port: port {port} .* is taken: .*pid {os.getpid()}"):
-            await instance.serve()
+        holder = rf"engine.port: port {port} .* is taken: .*pid {os.getpid()}"
+        await require_refused_to_serve(model_path, holder, port=port)
+
+
+async def test_an_address_of_another_machine_is_not_called_a_taken_port(model_path: Path) -> None:
+    await require_refused_to_serve(model_path, r"engine.host: cannot bind 192\.0\.2\.1 port 0: ", host="192.0.2.1")
+
+
+async def require_refused_to_serve(model_path: Path, why: str, **engine: Any) -> None:
+    environ = {"KVFERRY_CLUSTER_SECRET": "a secret of this test's"}
+    settings = load(None, environ, {"engine.model": FlagValue("--model", str(model_path))})
+    replaced = msgspec.structs.replace(settings.engine, device="cpu", **engine)
+    instance = EngineInstance(msgspec.structs.replace(settings, engine=replaced))
+    with pytest.raises(ConfigError, match=why):
+        await instance.serve()
     # pytest keeps the exception's frames for a while; the memory in them must not count as left behind.
     instance.__dict__.clear()
 
@@ -265,3 +275,5 @@ async def test_a_taken_port_names_its_holder(model_path: Path) -> None:
 def test_a_model_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=str(tmp_path)):
         load_model(str(tmp_path), device="cpu")
+    with pytest.raises(ConfigError, match=f"there is no directory {tmp_path}/absent"):
+        load_model(f"{tmp_path}/absent", device="cpu")

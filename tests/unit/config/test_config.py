@@ -167,6 +167,7 @@ def test_a_heartbeat_must_fit_its_lease():
         ("HANDOFF_LISTEN", "tcp://127.0.0.1", "tcp://host:port"),
         ("HANDOFF_LISTEN", "tcp://127.0.0.1:70000", "tcp://host:port"),
         ("POOL_LISTEN", "unix://x:1", "tcp://host:port"),
+        ("ENGINE_POOL", "node7", "tcp://host:port"),
         ("CLUSTER_ROUTER_URL", "router:8000", "http://host:port"),
         ("CLUSTER_ROUTER_URL", "tcp://router:8000", "http://host:port"),
     ],
@@ -281,7 +282,7 @@ def valid_value(setting: Setting) -> st.SearchStrategy[object]:
 @given(st.data())
 def test_to_environ_and_back(data: st.DataObject):
     """Whatever the tree holds, a child that gets it through the environment holds the same."""
-    paired = ("heartbeat_s", "ttl_s", "lease_ttl_s", "host", "listen", "router_url", "secret")
+    paired = ("heartbeat_s", "ttl_s", "lease_ttl_s", "host", "listen", "router_url", "pool", "secret")
     names = [s for s in SETTINGS.values() if s.key not in paired]
     chosen = data.draw(st.lists(st.sampled_from(names), unique_by=lambda s: s.name, max_size=8))
     environ = to_environ(load())

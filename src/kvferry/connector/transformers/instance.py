@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import gc
 import logging
 import os
@@ -247,7 +248,9 @@ class EngineInstance:
         try:
             await site.start()
         except OSError as error:
-            raise port_taken(engine.host, engine.port, "engine.port") from error
+            if error.errno == errno.EADDRINUSE:
+                raise port_taken(engine.host, engine.port, "engine.port") from error
+            raise ConfigError(f"engine.host: cannot bind {engine.host} port {engine.port}: {error.strerror}") from error
         host, port = runner.addresses[0][:2]
         shown = advertised or host
         return f"http://[{shown}]:{port}" if ":" in shown else f"http://{shown}:{port}"
