@@ -13,10 +13,3 @@ def one_pair() -> Iterator[Live]:
     live = Live(1, 1)
     yield live
     live.close()
-
-
-@pytest.fixture(scope="module")
-def two_pairs() -> Iterator[Live]:
-    live = Live(2, 2)
-    yield live
-    live.close()

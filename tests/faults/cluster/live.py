@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import json
 import os
 import signal
@@ -13,11 +14,17 @@ from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
+import msgspec
+
+from kvferry.cluster.instances import start_engine
 from kvferry.cluster.local import ClusterPlan, LocalCluster
 from kvferry.cluster.router_view import EndedRequest, InstanceRow, RouterView
 from kvferry.config import Settings, load
+from kvferry.errors import PeerGone
+from kvferry.types import Role
 
 LEASE_S, DEADLINE_S = 3.0, 12.0
+ROUTER_PATIENCE_S = 15.0
 ENVIRONMENT = {
     "KVFERRY_HANDOFF_LEASE_TTL_S": f"{LEASE_S}s",
     "KVFERRY_HANDOFF_HEARTBEAT_S": "600ms",
@@ -42,6 +49,10 @@ class Answer(NamedTuple):
     def state(self) -> str:
         return self.outcome.split(";")[0]
 
+    @property
+    def cause(self) -> str:
+        return self.outcome.partition("cause=")[2].partition(";")[0]
+
 
 class Live:
     """A running cluster. Every wait in here has an end."""
@@ -50,7 +61,7 @@ class Live:
         self._loop = asyncio.new_event_loop()
         settings: Settings = load("", {**ENVIRONMENT, **environment}, {})
         self.cluster = LocalCluster(ClusterPlan(num_prefill, num_decode, settings), lambda line: None, num_alone=1)
-        self._pool = ThreadPoolExecutor(64)
+        self._pool = ThreadPoolExecutor(256)
         try:
             self._run(self.cluster.start())
             self.reference_url = self._run(self.cluster.start_alone("single"))
@@ -103,10 +114,29 @@ class Live:
 
     def restart(self, name: str) -> None:
         """Start an instance again under its name; returns when the router knows the new one."""
-        role = "prefill" if name.startswith("prefill") else "decode"
-        child = self.cluster._launch(self.cluster._instance_start(name, role, None, None))
+        self.launch_again(name)
+        self.wait_joined(name)
+
+    def launch_again(self, name: str) -> None:
+        """Start an instance again under its name; it joins when it has loaded its model."""
+        role: Role = "prefill" if name.startswith("prefill") else "decode"
+        self.cluster._launch(self.cluster._instance_start(name, role, None, None))
+
+    def wait_joined(self, name: str) -> None:
+        """Until the router knows the latest process of this name."""
+        child = self.child(name)
         self.wait(lambda: child.told_url() is not None, 60.0, f"{name} to listen")
         self.wait(lambda: any(r.url == child.url for r in self.instances()), 10.0, f"{name} to join")
+
+    def add(self, name: str, role: Role, *program: str, **environment: str) -> None:
+        """Start one more instance with settings of its own; `program` runs in place of `python -m kvferry engine`.
+
+        The router learns of it when it is up: wait for that.
+        """
+        settings = load("", {**ENVIRONMENT, "KVFERRY_ENGINE_NUM_THREADS": "1", **environment}, {})
+        settings = msgspec.structs.replace(settings, cluster=self.cluster.settings.cluster)
+        start = start_engine(settings, os.environ, name=name, role=role, router_url=self.url, gpus=None)
+        self.cluster._launch(dataclasses.replace(start, argv=program or start.argv))
 
     # What is seen ------------------------------------------------------------------------------------------------
 
@@ -121,7 +151,14 @@ class Live:
             async with RouterView(self.url) as view:
                 return await read(view)
 
-        return self._run(look())
+        give_up_s = time.monotonic() + ROUTER_PATIENCE_S
+        while True:
+            try:
+                return self._run(look())
+            except PeerGone:
+                # While several processes start on two cores, a look may come to nothing; a dead router stays dead.
+                if time.monotonic() > give_up_s:
+                    raise
 
     def kv(self, name: str) -> dict[str, Any]:
         """An instance's own account of its blocks."""
