@@ -81,13 +81,16 @@ def choose_node(block: BlockHeat[Name], nodes: Sequence[str]) -> str | None:
     return max(able, key=lambda node: hashlib.blake2b(block.root + node.encode(), digest_size=8).digest(), default=None)
 
 
-def admit_replicas(wanted: int, *, num_slabs: int, num_replicas: int, num_coming: int, max_share: float) -> int:
+def admit_replicas(
+    wanted: int, *, num_slabs: int, num_free: int, num_replicas: int, num_coming: int, max_share: float
+) -> int:
     """How many of `wanted` offered blocks a node takes.
 
-    Copies of what others have may fill `max_share` of its memory, those that are on their way counted in; the rest is
-    for what its own engines computed.
+    Copies of what others have may fill what is free, and beyond that `max_share` of its memory, those that are on their
+    way counted in: they must not drive out what the node's own engines computed.
     """
-    return max(0, min(wanted, int(num_slabs * max_share) - num_replicas - num_coming))
+    room = max(num_free, int(num_slabs * max_share) - num_replicas) - num_coming
+    return max(0, min(wanted, room))
 
 
 def _hottest_first(block: BlockHeat[Name]) -> tuple[float, int]:

@@ -17,7 +17,7 @@ from kvferry.observe import configure_logs, get_log, tell_listening
 from kvferry.pool.client import PoolClient
 from kvferry.pool.directory import Directory
 from kvferry.pool.keys import BlockSpace
-from kvferry.pool.messages import BlockStat, DrainState, SpaceStat
+from kvferry.pool.messages import BlockStat, DrainState, Message, SpaceStat
 from kvferry.pool.metrics_server import MetricsServer
 from kvferry.pool.node import PoolNode
 from kvferry.pool.report import blocks_text, drain_text, spaces_text, stat_text
@@ -141,7 +141,7 @@ def node_settings(settings: Settings) -> PoolSettings:
 def run_stat(args: argparse.Namespace) -> int:
     """Print a node's figures. Raises: KVError if it can't be asked."""
     stat = asyncio.run(_ask(args, _NO_SPACE, PoolClient.stat))
-    _print(msgspec.json.encode(stat).decode() if args.json else stat_text(stat))
+    _print(_json(stat) if args.json else stat_text(stat))
     return 0
 
 
@@ -172,7 +172,7 @@ def run_drain(args: argparse.Namespace) -> int:
     except ValueError as error:
         raise ConfigError(f"--deadline {args.deadline!r}: {error}") from error
     state = asyncio.run(_drain(args, deadline_s))
-    _print(msgspec.json.encode(state).decode() if args.json else drain_text(state))
+    _print(_json(state) if args.json else drain_text(state))
     return 1 if state.left or not state.ended else 0
 
 
@@ -217,6 +217,12 @@ async def _clear(args: argparse.Namespace) -> tuple[int, int]:
     for space in wanted:
         count += await _ask(args, BlockSpace(bytes.fromhex(space.fingerprint), space.namespace), PoolClient.clear)
     return count, len(wanted)
+
+
+def _json(reply: Message) -> str:
+    # An object with names, without the number that paired it with its request.
+    named = {name: value for name, value in msgspec.structs.asdict(reply).items() if name != "id"}
+    return msgspec.json.encode(named).decode()
 
 
 def _client(args: argparse.Namespace, space: BlockSpace) -> PoolClient:

@@ -14,6 +14,9 @@ from typing import Any
 
 import msgspec
 import redis.asyncio
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+from redis.exceptions import ConnectionError as ConnectionLost
 from redis.exceptions import RedisError
 
 from kvferry.errors import ConfigError, TransportError
@@ -58,7 +61,11 @@ class RedisDirectory(Directory):
         self._url = url
         try:
             self._redis: Any = redis.asyncio.Redis.from_url(
-                url, socket_timeout=timeout_s, socket_connect_timeout=timeout_s
+                url,
+                socket_timeout=timeout_s,
+                socket_connect_timeout=timeout_s,
+                # Once more at once where a connection had been lost; redis-py's own retries would wait for long.
+                retry=Retry(NoBackoff(), 1, supported_errors=(ConnectionLost,)),
             )
         except ValueError as error:
             raise ConfigError(f"the directory's URL {url!r} is none: {error}; write redis://host:6379/0") from error

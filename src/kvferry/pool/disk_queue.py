@@ -46,6 +46,7 @@ class DiskQueue:
             # Without it the directory's epochs are unknown ones, and what it can't vouch for is forgotten.
             index.epochs = Epochs.decode((disk.directory / "epochs").read_bytes())
         self._epochs_then = index.epochs.all()
+        counts["disk_broken"] += disk.broken
 
     def adopt(self) -> None:
         """Serve what lay on disk when the node started, but for spaces in which blocks were removed since."""

@@ -63,7 +63,7 @@ class Drain:
             await asyncio.gather(self._task, return_exceptions=True)
 
     async def _run(self, deadline_s: float) -> None:
-        why = "done"
+        why = ""
         try:
             async with asyncio.timeout(deadline_s):
                 await self._replicas.close()
@@ -74,7 +74,9 @@ class Drain:
             why = f"{error.cause}: {error.message}"
         progress = self.progress
         await self._cluster.reporter.close()
-        self.progress = progress._replace(left=progress.hot - progress.copied, ended=why)
+        left = progress.hot - progress.copied
+        why = why or ("no other node takes more" if left else "all copied")
+        self.progress = progress._replace(left=left, ended=why)
         _log.info("drained", hot=progress.hot, copied=progress.copied, why=why)
 
     async def _copy_hot(self) -> None:

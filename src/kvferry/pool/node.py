@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -71,6 +72,7 @@ from kvferry.pool.settings import PoolSettings
 from kvferry.pool.standing import Standing
 from kvferry.transfer import Peer, TransferEngine, TransferSettings
 from kvferry.transport.base import Guard
+from kvferry.transport.huge import collapse
 
 MAX_REQUESTS_A_PEER = 256
 _log = get_log(__name__)
@@ -107,7 +109,12 @@ class PoolNode:
         self.figures = Figures()
         self.counts = self.figures.counts
         self._engine = TransferEngine(
-            listen=listen, transports=transports, secret=secret, hello=b"kvferry-pool", settings=transfer
+            listen=listen,
+            transports=transports,
+            secret=secret,
+            hello=b"kvferry-pool",
+            # What a put brings over a network is checked there: its digest is taken of what arrived.
+            settings=transfer or TransferSettings(verify_digest=True),
         )
         self._engine.on_message = self._on_message
         self._engine.on_peer_lost = self._on_peer_lost
@@ -119,6 +126,7 @@ class PoolNode:
         self._index = BlockIndex(self._arena, eviction=self.settings.eviction, quotas=self.settings.quotas)
         self._leases = Leases(self._index, clock or RealClock(), self.settings.lease_ttl_s)
         self._threads = ThreadPoolExecutor(4, thread_name_prefix="kvferry-pool")
+        self._closing = threading.Event()
         self._disk: DiskQueue | None = None
         if self.settings.disk_path is not None:
             began_s = time.monotonic()
@@ -181,6 +189,9 @@ class PoolNode:
     async def start(self) -> None:
         """Bind and serve. Raises: ConfigError if the port is taken."""
         await self._engine.start()
+        arena = self._arena.region
+        collapsing = functools.partial(collapse, arena.address, arena.nbytes, stopped=self._closing.is_set)
+        self._threads.submit(collapsing)
         self._expiry = asyncio.get_running_loop().create_task(self._expire_leases())
         if self._cluster is not None:
             self._cluster.reporter.start()
@@ -189,6 +200,7 @@ class PoolNode:
 
     async def close(self) -> None:
         """Stop serving; what is queued for the disk is written. Idempotent."""
+        self._closing.set()
         if self._drain is not None:
             await self._drain.close()
         if self._replicas is not None:

@@ -36,7 +36,7 @@ LEAST_HEAT = 4.0
 """Uses within a few periods that make a block hot."""
 PERIOD_S = 2.0
 MAX_SHARE = 0.25
-"""Of a node's memory that may hold copies of other nodes' blocks."""
+"""Of a node's memory that may hold copies of other nodes' blocks, beside what is free."""
 OFFER_BYTES = 32 << 20
 """Of one offer, so that none holds blocks for long, nor a slow network ends it."""
 MAX_OFFERED = 4096
@@ -208,6 +208,7 @@ class Replicas:
         admitted = admit_replicas(
             len(offer.blocks),
             num_slabs=index.arena.num_slabs,
+            num_free=index.arena.num_free,
             num_replicas=index.num_replicas,
             num_coming=self._num_coming,
             max_share=MAX_SHARE,

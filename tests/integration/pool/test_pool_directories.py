@@ -3,12 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import shutil
-import socket
-import subprocess
-import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,61 +14,10 @@ from kvferry.errors import TransportError
 from kvferry.pool import BlockSpace, PoolClient, PoolNode, PoolNodes, PoolSettings, whole
 from kvferry.pool.directory import Directory, EmbeddedDirectory
 from kvferry.types import Incarnation
+from pool_processes import RedisServer
 
 BLOCK = 8192
 SPACE = BlockSpace(b"m" * 32, "tenant-a")
-
-
-class RedisServer:
-    """A real server on a port of its own, with nothing saved."""
-
-    def __init__(self, directory: Path) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
-        self.url = f"redis://127.0.0.1:{self.port}/0"
-        self._flags = ["--port", str(self.port), "--bind", "127.0.0.1", "--save", "", "--dir", str(directory)]
-        self.process: subprocess.Popen[bytes] | None = None
-
-    def start(self) -> None:
-        server = shutil.which("redis-server")
-        assert server is not None
-        self.process = subprocess.Popen([server, *self._flags], stdout=subprocess.DEVNULL)
-        for _ in range(500):
-            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.port), 1):
-                return
-            assert self.process.poll() is None
-            time.sleep(0.02)
-        raise AssertionError("redis-server did not start")
-
-    def kill(self) -> None:
-        if self.process is not None:
-            self.process.kill()
-            self.process.wait()
-            self.process = None
-
-
-@pytest.fixture(params=["embedded", pytest.param("redis", marks=pytest.mark.redis)])
-async def directories(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Callable[[], Directory]]:
-    """Makes views of one directory."""
-    if request.param == "embedded":
-        shared = EmbeddedDirectory()
-        yield lambda: shared
-        return
-    pytest.importorskip("redis")
-    from kvferry.pool.directory_redis import RedisDirectory
-
-    server, views = RedisServer(tmp_path), []
-
-    def view() -> Directory:
-        views.append(RedisDirectory(server.url))
-        return views[-1]
-
-    server.start()
-    yield view
-    for each in views:
-        await each.close()
-    server.kill()
 
 
 def make_node(directory: Directory) -> PoolNode:
