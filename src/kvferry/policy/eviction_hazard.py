@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Container
-from typing import NamedTuple
 
 import numpy as np
 
@@ -28,12 +27,11 @@ MEMORY = 3
 """Blocks remembered after they left, in multiples of the capacity."""
 FADING = 0.95
 EMPTY = float("inf")
+_LENGTH_CLASS = [min(4, max(0, bits - 2)) for bits in range(65)]
+"""By the bit length of a prompt's number of blocks."""
 
-
-class _Use(NamedTuple):
-    group: int
-    at: int
-    reuses: int
+_Use = tuple[int, int, int]
+"""A block's class, the time of its last use, and how often it was used again. Plain, as millions are made."""
 
 
 class Hazard(EvictionPolicy[Key]):
@@ -72,13 +70,13 @@ class Hazard(EvictionPolicy[Key]):
     def touch(self, key: Key, place: Place[Key]) -> None:
         self._time += 1
         before = self._cached[key]
-        del self._queues[before.group][key]
+        del self._queues[before[0]][key]
         self._use(key, place, before)
 
     def discard(self, key: Key) -> None:
         use = self._cached.pop(key, None)
         if use is not None:
-            del self._queues[use.group][key]
+            del self._queues[use[0]][key]
 
     def evict(self, held: Container[Key] = ()) -> Key | None:
         rates, blocked = self._rates, list[int]()
@@ -106,32 +104,34 @@ class Hazard(EvictionPolicy[Key]):
         return victim
 
     def _use(self, key: Key, place: Place[Key], before: _Use | None) -> None:
-        reuses = 0
+        now, reuses = self._time, 0
         if before is not None:
-            age = self._age(before.at)
-            self._hits[before.group][age] += 1
-            self._ended[before.group][age] += 1
-            reuses = before.reuses + 1
-        group = _place_class(place) + NUM_PLACES * min(reuses, MAX_REUSES)
-        self._cached[key] = _Use(group, self._time, reuses)
+            was, used_at, reuses = before
+            age = self._age(used_at)
+            self._hits[was][age] += 1
+            self._ended[was][age] += 1
+            reuses += 1
+        group = _place_class(place) + NUM_PLACES * (reuses if reuses < MAX_REUSES else MAX_REUSES)
+        self._cached[key] = group, now, reuses
         queue = self._queues[group]
         if not queue:
             self._rates[group] = 0.0
-        queue[key] = self._time
-        if self._time >= self._learn_at:
+        queue[key] = now
+        if now >= self._learn_at:
             self._learn()
 
     def _leave(self, key: Key) -> None:
         use = self._left[key] = self._cached.pop(key)
-        del self._queues[use.group][key]
+        del self._queues[use[0]][key]
         if len(self._left) > MEMORY * self.capacity:
-            _, forgotten = self._left.popitem(last=False)
-            self._ended[forgotten.group][self._age(forgotten.at)] += 1
+            _, (group, used_at, _) = self._left.popitem(last=False)
+            self._ended[group][self._age(used_at)] += 1
 
     def _age(self, used_at: int) -> int:
         """The age's step: two to each doubling."""
         units = (self._time - used_at) // self._unit + 1
-        return min(NUM_AGES - 1, (units * units).bit_length() - 1)
+        age = (units * units).bit_length() - 1
+        return age if age < NUM_AGES else NUM_AGES - 1
 
     def _learn(self) -> None:
         """Rates from the counts: the most hits for each unit of time, over all times to go on keeping a block."""
@@ -155,5 +155,5 @@ def _place_class(place: Place[Key]) -> int:
     """0 to 10: the first block of a prompt; one between, by the length of the prompt; its last, likewise."""
     if place.depth == 0:
         return 0
-    length = min(4, max(0, place.num_blocks.bit_length() - 2))
+    length = _LENGTH_CLASS[place.num_blocks.bit_length()]
     return 1 + length if place.depth < place.num_blocks - 1 else 6 + length

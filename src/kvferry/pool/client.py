@@ -53,6 +53,7 @@ from kvferry.pool.messages import (
 from kvferry.pool.parts import BlockPart, Places, block_bytes, part_runs, require_inside
 from kvferry.transfer import Peer, TransferEngine, TransferSettings
 from kvferry.transport.base import BlockList, Guard, Region
+from kvferry.transport.huge import collapse
 from kvferry.transport.memory import WORD_BYTES, WordTable
 
 MAX_PUTS = 512
@@ -135,8 +136,10 @@ class PoolClient:
         await self._engine.close()
 
     def allocate(self, nbytes: int) -> Region:
-        """Shared memory for blocks: a node of this host maps it. `region.buffer` is uint8 [nbytes]."""
-        return self._keep(self._engine.allocate(nbytes))
+        """Shared memory for blocks: a node of this host maps it. `region.buffer` is uint8 [nbytes], resident."""
+        region = self._engine.allocate(nbytes)
+        collapse(region.address, region.nbytes)
+        return self._keep(region)
 
     def register(self, buffer: Any) -> Region:
         """Register memory for blocks (numpy or torch CPU, contiguous)."""

@@ -1,4 +1,4 @@
-"""The disk tier: one preallocated file of slots, and one of headers. Survives a restart; a torn write is never served.
+"""The disk tier: preallocated files of slots, and one of headers. Survives a restart; a torn write is never served.
 
 A slot is written in this order: its header is wiped, the block's bytes are written (direct I/O, from the slab itself),
 then the new header with the bytes' xxh3 and a checksum of its own. So a header that is whole and fits its bytes vouches
@@ -29,7 +29,10 @@ from kvferry.pool.keys import BlockSpace
 
 PAGE_BYTES = mmap.PAGESIZE
 HEADER_BYTES = 512
-FORMAT = "kvferry-pool-1"
+FORMAT = "kvferry-pool-2"
+NUM_FILES = 8
+"""Slots lie in these files in turn: file systems let one writer at a time into a file whose blocks are new."""
+
 _CHECKSUM_BYTES = 8
 _log = get_log(__name__)
 
@@ -87,7 +90,7 @@ class DiskTier:
                 fcntl.flock(self._headers, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
                 raise ConfigError(f"another node uses the disk tier {directory}; give each node its own") from error
-            self._blocks = self._open_direct("blocks")
+            self._blocks = [self._open_direct(f"blocks-{number}") for number in range(NUM_FILES)]
             self._preallocate()
         except OSError as error:
             self._files.close()
@@ -140,10 +143,10 @@ class DiskTier:
         Raises: OSError. After failure the slot holds nothing.
         """
         self._wipe(slot)
-        view = memory.data
-        done = 0
+        file, first = self._place(slot)
+        view, done = memory.data, 0
         while done < len(view):
-            done += os.pwrite(self._blocks, view[done:], slot * self.slab_bytes + done)
+            done += os.pwrite(file, view[done:], first + done)
         os.pwrite(self._headers, _sealed(msgspec.msgpack.encode(header)), (slot + 1) * HEADER_BYTES)
 
     def read(self, slot: int, memory: npt.NDArray[np.uint8], header: SlotHeader) -> None:
@@ -152,9 +155,10 @@ class DiskTier:
         Raises: OSError; IntegrityError if the bytes are not the block's.
         After failure: `memory` holds unspecified bytes.
         """
+        file, first = self._place(slot)
         done = 0
         while done < len(memory):
-            got = os.preadv(self._blocks, [memory.data[done:]], slot * self.slab_bytes + done)
+            got = os.preadv(file, [memory.data[done:]], first + done)
             if not got:
                 break
             done += got
@@ -166,6 +170,11 @@ class DiskTier:
             )
 
     # Inside
+
+    def _place(self, slot: int) -> tuple[int, int]:
+        """The file of a slot, and where the slot begins in it."""
+        row, number = divmod(slot, NUM_FILES)
+        return self._blocks[number], row * self.slab_bytes
 
     def _open(self, name: str, flags: int) -> int:
         fd = os.open(self.directory / name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | flags, 0o600)
@@ -197,7 +206,8 @@ class DiskTier:
                     "directory"
                 )
         try:
-            os.posix_fallocate(self._blocks, 0, self.num_slots * self.slab_bytes)
+            for file, number in zip(self._blocks, range(min(NUM_FILES, self.num_slots)), strict=False):
+                os.posix_fallocate(file, 0, len(range(number, self.num_slots, NUM_FILES)) * self.slab_bytes)
             os.posix_fallocate(self._headers, 0, (self.num_slots + 1) * HEADER_BYTES)
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):

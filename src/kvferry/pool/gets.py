@@ -52,8 +52,8 @@ class Gets:
             for entry in held.values():
                 self._index.release(entry)
             raise
-        self._index.use(entries, length=len(request.hashes))
-        self._used(entries)
+        # After the reply: the reader copies meanwhile.
+        asyncio.get_running_loop().call_soon(self._note_use, entries, len(request.hashes))
         self._figures.got(
             request.space.namespace,
             host=len(entries) - from_disk,
@@ -73,6 +73,10 @@ class Gets:
             word=lease.word,
             from_disk=from_disk,
         )
+
+    def _note_use(self, entries: Sequence[Entry], length: int) -> None:
+        self._index.use(entries, length=length)
+        self._used(entries)
 
     async def _hold_all(self, request: GetBlocks, held: dict[int, Entry]) -> int:
         """Hold what can be served, by its position in the request; returns how many came from disk."""

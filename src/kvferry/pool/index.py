@@ -197,7 +197,11 @@ class BlockIndex:
         """Tell the policy that these blocks of one prompt of `length` blocks, in prefix order, served a request."""
         for entry in reversed(entries) if self._policy.deepest_first else entries:
             entry.reuses += 1
-            self._touch(entry, entry.place._replace(num_blocks=max(length, entry.place.depth + 1)))
+            depth, num_blocks, parent = entry.place
+            if num_blocks == length > depth:
+                self._touch(entry, entry.place)
+            else:
+                self._touch(entry, Place(depth, max(length, depth + 1), parent))
 
     def in_host(self, entry: Entry) -> bool:
         """Whether the block can be held now: it was not removed, and has a slab."""

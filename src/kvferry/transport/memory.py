@@ -19,8 +19,11 @@ from kvferry.transport.copying import load_word, store_word
 
 PAGE_BYTES = mmap.PAGESIZE
 WORD_BYTES = 8
+HUGE_PAGE_BYTES = 2 << 20
 _MADV_HUGEPAGE = 14
 _MAP_SHARED = 1
+_MAP_NORESERVE = 0x4000
+_MAP_FAILED = ctypes.c_void_p(-1).value
 _SIZE_SEALS = getattr(fcntl, "F_SEAL_SHRINK", 2) | getattr(fcntl, "F_SEAL_GROW", 4)
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -43,8 +46,8 @@ class Mapping:
     def __init__(self, fd: int, nbytes: int, *, writable: bool) -> None:
         """Raises: TransportError where the system refuses; the message has its reason."""
         protection = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
-        address = _libc.mmap(None, nbytes, protection, _MAP_SHARED, fd, 0)
-        if address in (None, ctypes.c_void_p(-1).value):
+        address = _libc.mmap(_place_for_huge_pages(nbytes), nbytes, protection, _MAP_SHARED, fd, 0)
+        if address in (None, _MAP_FAILED):
             raise TransportError(f"mapping {nbytes} bytes failed: {os.strerror(ctypes.get_errno())}; free memory")
         # Huge pages are a wish: where the kernel's policy forbids them the mapping works with small ones.
         _libc.madvise(address, nbytes, _MADV_HUGEPAGE)
@@ -56,6 +59,18 @@ class Mapping:
     @property
     def __array_interface__(self) -> dict[str, Any]:
         return {"shape": (self.nbytes,), "typestr": "|u1", "data": (self.address, not self.writable), "version": 3}
+
+
+def _place_for_huge_pages(nbytes: int) -> int | None:
+    """Where a mapping may begin so that huge pages fit it: like these a wish, for another thread may take the place."""
+    if nbytes < HUGE_PAGE_BYTES:
+        return None
+    room = nbytes + HUGE_PAGE_BYTES
+    found = _libc.mmap(None, room, 0, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE, -1, 0)
+    if found in (None, _MAP_FAILED):
+        return None
+    _libc.munmap(found, room)
+    return -(-int(found) // HUGE_PAGE_BYTES) * HUGE_PAGE_BYTES
 
 
 class SharedBuffer(Mapping):

@@ -84,6 +84,7 @@ def test_a_ratio_is_the_median_over_rounds_and_decides_whether_the_goal_is_reach
     assert row("exists", kvferry=[0.0006])["reached"] is False
 
 
+@pytest.mark.leaks_allowed  # matplotlib keeps the files of its fonts open.
 def test_the_command_writes_one_object_a_line_and_a_plot(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     plot = tmp_path / "pool.png"
     flags = ["--systems", "kvferry", "--cases", "get-1m", "--rounds", "1", "--mib", "16", "--json"]

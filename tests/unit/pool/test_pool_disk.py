@@ -10,7 +10,7 @@ import pytest
 import xxhash
 
 from kvferry.errors import ConfigError, IntegrityError, PoolExhausted
-from kvferry.pool.disk import HEADER_BYTES, DiskTier, SlotHeader
+from kvferry.pool.disk import HEADER_BYTES, NUM_FILES, DiskTier, SlotHeader
 from kvferry.transport.memory import SharedBuffer
 
 SLAB = 8192
@@ -50,11 +50,26 @@ def test_blocks_survive_a_restart(tmp_path: Path) -> None:
     tier.close()
 
 
+def test_every_slot_has_a_place_of_its_own(tmp_path: Path) -> None:
+    count = 2 * NUM_FILES + 3
+    tier = open_tier(tmp_path, count)
+    written = {write(tier, number): number for number in range(count)}
+    tier.close()
+    assert sum(path.stat().st_size for path in tmp_path.glob("blocks-*")) == count * SLAB
+    tier = open_tier(tmp_path, count)
+    for slot, header in tier.found:
+        memory = SharedBuffer(SLAB).array
+        tier.read(slot, memory, header)
+        assert (memory == block(written[slot])[0]).all()
+    assert {slot for slot, _ in tier.found} == set(range(count)) == set(written)
+    tier.close()
+
+
 def test_a_flipped_bit_is_not_served(tmp_path: Path) -> None:
     tier = open_tier(tmp_path)
     slot, header = write(tier, 1), block(1)[1]
-    with (tmp_path / "blocks").open("r+b") as raw:
-        raw.seek(slot * SLAB + 4321)
+    with (tmp_path / f"blocks-{slot % NUM_FILES}").open("r+b") as raw:
+        raw.seek(slot // NUM_FILES * SLAB + 4321)
         byte = raw.read(1)
         raw.seek(-1, 1)
         raw.write(bytes([byte[0] ^ 4]))
@@ -71,7 +86,7 @@ def test_an_interrupted_write_is_a_miss(tmp_path: Path, cut: str) -> None:
     name, at, damage = {
         "header wiped": ("headers", (slot + 1) * HEADER_BYTES, bytes(HEADER_BYTES)),
         "header torn": ("headers", (slot + 1) * HEADER_BYTES + 40, b"\xff" * 20),
-        "bytes torn": ("blocks", slot * SLAB + SLAB // 2, bytes(SLAB // 2)),
+        "bytes torn": (f"blocks-{slot % NUM_FILES}", slot // NUM_FILES * SLAB + SLAB // 2, bytes(SLAB // 2)),
     }[cut]
     with (tmp_path / name).open("r+b") as raw:
         raw.seek(at)

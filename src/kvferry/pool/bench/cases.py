@@ -45,8 +45,8 @@ class Case(NamedTuple):
 
 MIB, KIB = 1 << 20, 1 << 10
 _all = (
-    Case("get-1m", "get", MIB, 16, {"kvferry": Goal("memcpy", 0.8), "kvferry-tcp": Goal("mooncake", 2.0)}),
-    Case("put-1m", "put", MIB, 16, {"kvferry": Goal("memcpy", 0.6)}),
+    Case("get-1m", "get", MIB, 64, {"kvferry": Goal("memcpy", 0.8), "kvferry-tcp": Goal("mooncake", 2.0)}),
+    Case("put-1m", "put", MIB, 64, {"kvferry": Goal("memcpy", 0.6)}),
     Case("get-64k", "get", 64 * KIB, 256, {"kvferry": Goal("memcpy", 0.5)}),
     Case("put-64k", "put", 64 * KIB, 256, {}),
     Case("get-1m-single", "get", MIB, 1, {}),

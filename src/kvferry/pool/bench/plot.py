@@ -8,8 +8,8 @@ from kvferry.errors import ConfigError
 from kvferry.pool.bench.cases import CASES
 
 _TITLES = {
-    "get-1m": "get, 1 MiB blocks, 16 a call, GB/s",
-    "put-1m": "put, 1 MiB blocks, 16 a call, GB/s",
+    "get-1m": "get, 1 MiB blocks, 64 a call, GB/s",
+    "put-1m": "put, 1 MiB blocks, 64 a call, GB/s",
     "get-64k": "get, 64 KiB blocks, 256 a call, GB/s",
     "put-64k": "put, 64 KiB blocks, 256 a call, GB/s",
     "get-1m-single": "get, 1 MiB blocks one by one, GB/s",
