@@ -55,13 +55,15 @@ bench: $(STAMP)
 	@for script in bench/*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
 	@echo "== kvferry bench transfer"
 	@$(BIN)/kvferry bench transfer
+	@echo "== kvferry bench pool"
+	@$(BIN)/kvferry bench pool
 
 bench-peers: $(PEERS_STAMP)
 	@$(MAKE) --no-print-directory bench
 
 # Proxies to compare the router with, in an environment of their own: they pin other versions than kvferry does.
 $(PEERS_STAMP):
-	@echo "[1/1] vLLM's and Mooncake's demo proxies, Mooncake's and NIXL's transfer engines in .venv-peers"
+	@echo "[1/1] vLLM's and Mooncake's demo proxies, Mooncake, NIXL and LMCache in .venv-peers"
 	@test -x .venv-peers/bin/python || $(PYTHON) -m venv .venv-peers
 	@.venv-peers/bin/python -m pip --disable-pip-version-check install fastapi httpx uvicorn
 	@sh tools/install_peers.sh .venv-peers || echo "Mooncake or NIXL can't be installed here and is left out"
