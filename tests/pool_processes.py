@@ -13,6 +13,7 @@ import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
+from typing import IO
 
 import numpy as np
 
@@ -28,9 +29,9 @@ SPACE = BlockSpace(b"m" * 32, "tenant-a")
 class NodeProcess:
     """`kvferry node`: ended by SIGTERM on leaving, unless it was killed before."""
 
-    def __init__(self, *flags: str, preexec: Callable[[], None] | None = None) -> None:
+    def __init__(self, *flags: str, stderr: IO[str] | None = None) -> None:
         command = [sys.executable, "-m", "kvferry", "node", "--slab-bytes", "64KiB", "--log-level", "warning", *flags]
-        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, preexec_fn=preexec)
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True)
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         if not line.startswith(LISTENING):

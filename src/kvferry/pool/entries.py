@@ -66,5 +66,7 @@ class SpaceBooks:
     quota: int | None
     entries: dict[bytes, Entry] = field(default_factory=dict)
     pending: dict[bytes, PendingBlock] = field(default_factory=dict)
-    # Blocks in host memory, the one not used for longest first: what a namespace at its quota gives up.
-    recent: OrderedDict[bytes, None] = field(default_factory=OrderedDict)
+    num_in_host: int = 0
+    # Shared by the spaces of a namespace: their blocks in host memory, the one not used for longest first, which a
+    # namespace at its quota gives up, whatever model it is of.
+    recent: OrderedDict[Key, None] = field(default_factory=OrderedDict)

@@ -7,6 +7,7 @@ Slabs are freed only when no hold is left on them. Ways that a slab is held: a g
 from __future__ import annotations
 
 import heapq
+from collections import OrderedDict
 from collections.abc import Sequence
 
 from kvferry.errors import InvalidTransition, RegistrationError
@@ -36,6 +37,7 @@ class BlockIndex:
         self._numbers: list[SpaceBooks] = []
         self._names: list[BlockSpace] = []
         self._used: dict[str, int] = {}
+        self._recent: dict[str, OrderedDict[Key, None]] = {}
         self._held: set[Key] = set()
         self._freed_slots: list[int] = []
         # Blocks that came or went since they were last asked for; the last word on each.
@@ -61,10 +63,11 @@ class BlockIndex:
         return [None] * len(hashes) if known is None else [known.entries.get(h) for h in hashes]
 
     def spaces(self) -> list[tuple[BlockSpace, int, int]]:
-        """Each space with its number of blocks in any tier and its bytes in host memory."""
+        """Each space that has blocks, with their number in any tier and its bytes in host memory."""
         return [
-            (space, len(known.entries), len(known.recent) * self.arena.slab_bytes)
+            (space, len(known.entries), known.num_in_host * self.arena.slab_bytes)
             for space, known in self._spaces.items()
+            if known.entries
         ]
 
     def used_bytes(self) -> dict[str, int]:
@@ -84,7 +87,7 @@ class BlockIndex:
 
     def all_in_host(self) -> list[Entry]:
         """The blocks in host memory."""
-        return [e for known in self._numbers for e in map(known.entries.__getitem__, known.recent)]
+        return [self._numbers[number].entries[h] for recent in self._recent.values() for number, h in recent]
 
     def names(self) -> list[tuple[BlockSpace, bytes]]:
         """Every block in any tier."""
@@ -342,6 +345,7 @@ class BlockIndex:
         total = self.arena.num_free + self._num_pending + len(in_host) + self._num_removed_slabs
         assert total == self.arena.num_slabs, f"{total} slabs accounted for, {self.arena.num_slabs} exist"
         assert len({e.slab for e in in_host}) == len(in_host), "two blocks share a slab"
+        assert {e.key for e in in_host} == {e.key for e in self.all_in_host()}, "blocks in use order and blocks differ"
         assert sum(e.replica for e in in_host) == self.num_replicas, "replicas are miscounted"
         assert {e.key for e in in_host if e.holds} == self._held, "held keys and holds differ"
         assert len(self._policy) == len(in_host), f"the policy knows {len(self._policy)} of {len(in_host)} blocks"
@@ -353,7 +357,8 @@ class BlockIndex:
     def _space(self, space: BlockSpace) -> SpaceBooks:
         known = self._spaces.get(space)
         if known is None:
-            known = SpaceBooks(len(self._numbers), self._quotas.get(space.namespace))
+            recent = self._recent.setdefault(space.namespace, OrderedDict())
+            known = SpaceBooks(len(self._numbers), self._quotas.get(space.namespace), recent=recent)
             self._spaces[space] = known
             self._numbers.append(known)
             self._names.append(space)
@@ -362,11 +367,12 @@ class BlockIndex:
     def _make_room(self, space: BlockSpace, known: SpaceBooks) -> int | None:
         used = self._used.get(space.namespace, 0)
         if known.quota is not None and (used + 1) * self.arena.slab_bytes > known.quota:
-            own = next((h for h in known.recent if (known.number, h) not in self._held), None)
+            own = next((key for key in known.recent if key not in self._held), None)
             if own is None:
                 return None
-            self._policy.discard((known.number, own))
-            self._leave_host(known, known.entries[own])
+            self._policy.discard(own)
+            owner = self._numbers[own[0]]
+            self._leave_host(owner, owner.entries[own[1]])
         elif not self.arena.num_free:
             victim = self._policy.evict(self._held)
             if victim is None:
@@ -381,7 +387,8 @@ class BlockIndex:
     def _in_host(self, known: SpaceBooks, entry: Entry, slab: int, *, replica: bool = False) -> None:
         entry.slab, entry.replica = slab, replica
         self.num_replicas += replica
-        known.recent[entry.key[1]] = None
+        known.recent[entry.key] = None
+        known.num_in_host += 1
         self._policy.insert(entry.key, entry.place)
 
     def _leave_host(self, known: SpaceBooks, entry: Entry) -> None:
@@ -390,7 +397,8 @@ class BlockIndex:
         assert entry.slab is not None
         slab, entry.slab = entry.slab, None
         self._no_replica(entry)
-        del known.recent[entry.key[1]]
+        del known.recent[entry.key]
+        known.num_in_host -= 1
         self._free_slab(self.space_of(entry).namespace, slab)
         if entry.slot is None:
             self._forget(known, entry)
@@ -406,7 +414,8 @@ class BlockIndex:
             return
         self._no_replica(entry)
         self._policy.discard(entry.key)
-        known.recent.pop(entry.key[1], None)
+        del known.recent[entry.key]
+        known.num_in_host -= 1
         self._held.discard(entry.key)
         while entry.pins:
             entry.pins -= 1
@@ -425,7 +434,7 @@ class BlockIndex:
         if entry.slab is not None and entry.key in self._policy:
             entry.place = place
             self._policy.touch(entry.key, place)
-            self._numbers[entry.key[0]].recent.move_to_end(entry.key[1])
+            self._numbers[entry.key[0]].recent.move_to_end(entry.key)
 
     def _end_pending(self, known: SpaceBooks, block: PendingBlock) -> None:
         del known.pending[block.key[1]]
