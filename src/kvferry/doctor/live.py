@@ -31,7 +31,8 @@ def look_at_router(facts: Facts, url: str, second_look_s: float = SECOND_LOOK_S)
         if any(m.get("running") or m.get("waiting") for m in first) or state["handoffs"] or state["requests"]:
             time.sleep(second_look_s)
             rows = [_compared(m, first, second_look_s) for m in _instances(url)]
-            state = _state(url)
+            before, state = state["handoffs"], _state(url)
+            state["handoffs"] = [{**h, "moved": _moved(h, before)} for h in state["handoffs"]]
     except _NotKVFerry as e:
         return msgspec.structs.replace(facts, router_error=str(e), router_is_foreign=e.answers)
     # Who answers is asked last: an instance that ended in between is in the first table and not in the second.
@@ -91,6 +92,13 @@ def _compared(now: dict[str, Any], first: list[dict[str, Any]], between_s: float
     same_life = before is not None and before.get("incarnation") == now.get("incarnation")
     stands = same_life and before is not None and before.get("step") == now.get("step") and not now.get("polled")
     return {**now, "standstill_s": between_s if stands or now.get("stuck") else 0.0}
+
+
+def _moved(view: dict[str, Any], before: list[dict[str, Any]]) -> bool:
+    """Whether a handoff got further between two looks."""
+    same = ("handoff", "instance", "side")
+    earlier = next((h for h in before if all(h.get(k) == view.get(k) for k in same)), None)
+    return earlier is not None and any(earlier.get(k) != view.get(k) for k in ("stage", "detail"))
 
 
 def _get(url: str) -> dict[str, Any]:

@@ -33,6 +33,17 @@ def router_with_one_of_each(bench: Bench) -> list[Finding]:
 
 
 @healthy
+def router_with_long_prompts_under_way(bench: Bench) -> list[Finding]:
+    url = start_router(bench)
+    fleet = Fleet(bench, url)
+    fleet.join(
+        "prefill-0", "prefill", handoffs=(view(HANDOFF, "source", "publishing", 5.0, "1f"),), running=1, waiting=2
+    )
+    fleet.join("decode-0", "decode", handoffs=(view(HANDOFF, "target", "pulling", 5.0, "prefill-0"),), running=9)
+    return ask_doctor(url)
+
+
+@healthy
 def router_probed_through_a_plain_proxy(bench: Bench) -> list[Finding]:
     return probe(start_proxy(bench, start_router(bench), "plain"))
 
@@ -122,8 +133,8 @@ def a_serving_loop_stands_still(bench: Bench) -> list[Finding]:
 def decode_waits_for_what_prefill_never_published(bench: Bench) -> list[Finding]:
     url = start_router(bench)
     fleet = Fleet(bench, url)
-    fleet.join("prefill-0", "prefill", handoffs=(view(HANDOFF, "source", "open", 8.0, "decode-0"),), waiting=1)
-    fleet.join("decode-0", "decode", handoffs=(view(HANDOFF, "target", "waiting", 8.0, "prefill-0"),))
+    fleet.join("prefill-0", "prefill", handoffs=(view(HANDOFF, "source", "open", 12.0, "decode-0"),), waiting=1)
+    fleet.join("decode-0", "decode", handoffs=(view(HANDOFF, "target", "waiting", 12.0, "prefill-0"),))
     return ask_doctor(url)
 
 
@@ -222,7 +233,7 @@ def the_prefill_request_queues(bench: Bench) -> list[Finding]:
     url = start_router(bench)
     fleet = Fleet(bench, url)
     fleet.join("prefill-0", "prefill", running=16, waiting=40)
-    fleet.join("decode-0", "decode", handoffs=(view(HANDOFF, "target", "waiting", 8.0, "prefill-0"),))
+    fleet.join("decode-0", "decode", handoffs=(view(HANDOFF, "target", "waiting", 12.0, "prefill-0"),))
     return ask_doctor(url)
 
 
@@ -230,8 +241,8 @@ def the_prefill_request_queues(bench: Bench) -> list[Finding]:
 def decode_waits_for_its_own_blocks(bench: Bench) -> list[Finding]:
     url = start_router(bench)
     fleet = Fleet(bench, url)
-    fleet.join("prefill-0", "prefill", handoffs=(view(HANDOFF, "source", "sealed", 8.0, "decode-0"),))
-    waiting = (view(HANDOFF, "target", "reserving", 8.0, "prefill-0"),)
+    fleet.join("prefill-0", "prefill", handoffs=(view(HANDOFF, "source", "sealed", 12.0, "decode-0"),))
+    waiting = (view(HANDOFF, "target", "reserving", 12.0, "prefill-0"),)
     fleet.join("decode-0", "decode", handoffs=waiting, free_blocks=2, running=3)
     return ask_doctor(url)
 

@@ -119,7 +119,7 @@ def post(url: str, body: Any) -> None:
 
 def view(handoff: str, side: Literal["source", "target"], stage: str, age_s: float, peer: str, detail: str = "") -> Any:
     """One open handoff in a report."""
-    return HandoffView(HandoffId(handoff), side, stage, age_s, 20.0, peer, detail)
+    return HandoffView(HandoffId(handoff), side, stage, age_s, 30.0 - age_s, peer, detail)
 
 
 def run_requests(bench: Bench, url: str, state: TerminalState, cause: str, count: int) -> None:

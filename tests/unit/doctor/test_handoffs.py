@@ -25,8 +25,8 @@ TARGET = {
     "handoff": HANDOFF,
     "side": "target",
     "stage": "waiting",
-    "age_s": 7.5,
-    "remaining_s": 22.5,
+    "age_s": 12.5,
+    "remaining_s": 17.5,
     "peer": "prefill-0",
     "detail": "0 runs pulled of 0 known",
 }
@@ -55,8 +55,8 @@ def test_the_likely_cause_is_what_the_source_shows(prefill: Any, source: Any, ca
     for part in (
         cause,
         "of request r-1",
-        "decode-0 is waiting since 7.5 s for prefill-0",
-        "22.5 s remain",
+        "decode-0 is waiting since 12.5 s for prefill-0",
+        "17.5 s remain",
         "0.2 s ago",
     ):
         assert part in findings[0].seen
@@ -83,12 +83,30 @@ def test_an_instance_in_trouble_is_named_before_the_handoff_that_waits_for_it(
     assert (f"{who} itself" in findings[1].seen) == (who == "decode-0")
 
 
+@pytest.mark.parametrize(
+    ("prefill", "views"),
+    [
+        ({"waiting": 3}, [TARGET]),
+        ({"running": 1}, [TARGET, SOURCE]),
+        ({}, [{**TARGET, "stage": "reserving"}]),
+        ({}, [{**TARGET, "stage": "pulling", "moved": True}, {**SOURCE, "stage": "sealed"}]),
+    ],
+)
+def test_handoffs_that_wait_for_somebody_who_works_are_news_only_when_they_are_late(prefill: Any, views: Any) -> None:
+    def at(age_s: float) -> list[Finding]:
+        aged = [{**v, "age_s": age_s, "remaining_s": 30.0 - age_s} for v in views]
+        return said(instances=[{**PREFILL, **prefill}, DECODE], handoffs=aged)
+
+    assert at(6.0) == []
+    assert len(at(10.5)) == 1
+
+
 def test_handoffs_that_wait_for_one_reason_are_told_of_together_the_oldest_first() -> None:
-    views = [{**TARGET, "handoff": f"{i:032x}", "stage": "reserving", "age_s": 3.0 + i} for i in range(9)]
+    views = [{**TARGET, "handoff": f"{i:032x}", "stage": "reserving", "age_s": 11.0 + i} for i in range(9)]
     full = {**DECODE, "free_blocks": 11, "running": 1, "waiting": 9}
     (finding,) = said(instances=[PREFILL, full], handoffs=views, requests=[])
     assert finding.id == "KVF109"
-    assert finding.seen.startswith(f"handoff {8:032x}: decode-0 is reserving since 11.0 s for prefill-0")
+    assert finding.seen.startswith(f"handoff {8:032x}: decode-0 is reserving since 19.0 s for prefill-0")
     assert "8 more wait like this (000000000000" in finding.seen
     assert "11 of 64 blocks are free at decode-0, with 1 running and 9 waiting requests" in finding.seen
 

@@ -10,6 +10,8 @@ from kvferry.doctor.checks.live import SILENT_S, instances_of, is_probe
 from kvferry.doctor.findings import Finding, found
 
 STUCK_AFTER_S = 2.0
+LATE_SHARE = 1 / 3
+"""Of a handoff's time; with the default deadline that is after ten seconds, as in the alarms."""
 RECOMPUTED_SHARE = 0.5
 MIN_OUTCOMES = 4
 _UNKNOWN = "an unknown peer"
@@ -74,9 +76,12 @@ def handoffs(case: Case) -> Iterator[Finding]:
     told: set[object] = set()
     groups: dict[_Why, list[dict[str, Any]]] = {}
     for view in sorted(state.get("handoffs") or (), key=_age, reverse=True):
-        if view.get("side") == "target" and view.get("stage") in _WAITING and _age(view) >= STUCK_AFTER_S:
-            told.add(view.get("handoff"))
-            groups.setdefault(_why(state, members, requests, view), []).append(view)
+        if view.get("side") != "target" or view.get("stage") not in _WAITING or _age(view) < STUCK_AFTER_S:
+            continue
+        told.add(view.get("handoff"))
+        why = _why(state, members, requests, view)
+        if not why.busy or _age(view) >= LATE_SHARE * (_age(view) + float(view.get("remaining_s") or 0)):
+            groups.setdefault(why, []).append(view)
     for why, views in groups.items():
         yield found(why.finding, _account(state, members, requests, views) + why.cause, why.fix)
     for request in requests:
@@ -96,12 +101,16 @@ def handoffs(case: Case) -> Iterator[Finding]:
 
 
 class _Why(NamedTuple):
-    """Why handoffs wait: those with the same reason are told of together."""
+    """Why handoffs wait: those with the same reason are told of together.
+
+    `busy` ones wait for somebody who works, as every request does under load; they are news once they are late.
+    """
 
     finding: str
     cause: str
     fix: str
     stage: str
+    busy: bool = False
 
 
 def _why(
@@ -117,14 +126,12 @@ def _why(
         own = members.get(target, {})
         room = f"{own.get('free_blocks')} of {own.get('num_blocks')} blocks are free at {target}, with {_queue(own)}"
         fix = f"start {target} with more blocks, let fewer requests in at once, or add a decode instance"
-        return _Why("KVF109", f"likely cause: {room}: the next request needs more than that", fix, stage)
+        return _Why("KVF109", f"likely cause: {room}: the next request needs more than that", fix, stage, True)
     other, member = _counterpart(state, view), members.get(source)
-    return _Why(
-        "KVF107",
-        f"likely cause: {_source_cause(member, other, source, target)}",
-        f"look at {source}: its queue, its log, its serving loop; the request ends by itself at its deadline",
-        stage,
-    )
+    cause, busy = _source_cause(member, other, source, target)
+    moving = bool(view.get("moved") or other.get("moved"))
+    fix = f"look at {source}: its queue, its log, its serving loop; the request ends by itself at its deadline"
+    return _Why("KVF107", f"likely cause: {cause}", fix, stage, busy or moving)
 
 
 def _account(
@@ -163,24 +170,26 @@ def _queue(member: dict[str, Any] | None) -> str:
     return f"{running} running and {waiting} waiting requests"
 
 
-def _source_cause(member: dict[str, Any] | None, view: dict[str, Any], source: str, target: str) -> str:
-    """Why the source has not delivered, by what it and the router say of it."""
+def _source_cause(member: dict[str, Any] | None, view: dict[str, Any], source: str, target: str) -> tuple[str, bool]:
+    """Why the source has not delivered, by what it and the router say of it, and whether it is only busy."""
     if trouble := _trouble(member):
-        return trouble
+        return trouble, False
     queue = _queue(member)
     stage = view.get("stage")
     if stage == "sealed":
-        return f"everything is published there and {target} does not get it: the way between the two is slow or closed"
+        why = f"everything is published there and {target} does not get it: the way between the two is slow or closed"
+        return why, False
     if member and not member.get("free_blocks") and member.get("num_blocks"):
-        return f"the KV cache of {source} is full, with {queue}"
+        return f"the KV cache of {source} is full, with {queue}", True
     if stage in ("open", "publishing"):
-        return f"{source} has {queue} and is not done with this one"
+        return f"{source} has {queue} and is not done with this one", True
     if member and member.get("waiting"):
-        return f"its request queues at {source} behind {queue}"
-    return (
+        return f"its request queues at {source} behind {queue}", True
+    why = (
         f"the request did not reach {source}, or reached it without its ticket: something between the router and it "
         "drops kv_transfer_params, or it runs without the connector"
     )
+    return why, False
 
 
 def _trouble(member: dict[str, Any] | None) -> str:
