@@ -1,0 +1,96 @@
+"""What every directory must do, embedded or Redis: leases, live nodes, epochs, and nothing lost by its tidying."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from kvferry.pool import BlockSpace
+from kvferry.pool.directory import Directory
+from kvferry.pool.epochs import FIRST, Epoch, new_epoch
+from kvferry.types import Incarnation
+from pool_processes import SPACE, eventually, redis_server
+
+A, B = Incarnation(0xA), Incarnation(0xB)
+OTHER = BlockSpace(SPACE.fingerprint, "tenant-b")
+Views = Callable[[], Directory]
+
+
+async def test_only_live_nodes_count_and_each_for_what_it_reported(directories: Views) -> None:
+    one, two = directories(), directories()
+    assert not await one.renew(A, 5.0)
+    await one.report(A, [(SPACE, b"1"), (SPACE, b"2")], [])
+    assert await two.lookup(SPACE, [b"1"]) == [()]
+    await one.join(A, "tcp://a:1", 5.0)
+    await one.report(A, [(SPACE, b"1"), (SPACE, b"2")], [])
+    await two.join(B, "tcp://b:1", 5.0)
+    await two.report(B, [(SPACE, b"2"), (OTHER, b"1")], [])
+    assert await one.renew(A, 5.0)
+    assert await one.nodes() == await two.nodes() == {A: "tcp://a:1", B: "tcp://b:1"}
+    assert await two.lookup(SPACE, [b"1", b"2", b"3"]) == [("tcp://a:1",), ("tcp://a:1", "tcp://b:1"), ()]
+    assert await one.lookup(OTHER, [b"1", b"2"]) == [("tcp://b:1",), ()]
+    assert await one.lookup(SPACE, []) == []
+    await one.report(A, [], [(SPACE, b"1")])
+    assert await two.lookup(SPACE, [b"1"]) == [()]
+    await one.leave(A)
+    assert await two.nodes() == {B: "tcp://b:1"}
+    assert await two.lookup(SPACE, [b"2"]) == [("tcp://b:1",)]
+
+
+async def test_a_lease_that_lapses_takes_the_node_s_entries_along(directories: Views) -> None:
+    one, two = directories(), directories()
+    await one.join(A, "tcp://a:1", 0.3)
+    await one.report(A, [(SPACE, b"1")], [])
+    await one.join(B, "tcp://b:1", 60.0)
+    await one.report(B, [(SPACE, b"1")], [])
+
+    async def gone() -> bool:
+        return await two.nodes() == {B: "tcp://b:1"} and await two.lookup(SPACE, [b"1"]) == [("tcp://b:1",)]
+
+    await eventually(gone)
+    assert not await one.renew(A, 0.3)
+    # It was alive all the time: what tidying took away is there again when it has reported.
+    await one.join(A, "tcp://a:1", 60.0)
+    await one.report(A, [(SPACE, b"1")], [])
+    assert await two.lookup(SPACE, [b"1"]) == [("tcp://a:1", "tcp://b:1")]
+
+
+async def test_an_epoch_changes_once_from_what_it_was(directories: Views) -> None:
+    one, two = directories(), directories()
+    first, second = new_epoch(), new_epoch()
+    assert await one.epochs() == {}
+    assert await one.change_epoch(SPACE, FIRST, first)
+    assert not await two.change_epoch(SPACE, FIRST, second)
+    assert await two.change_epoch(SPACE, first, second)
+    assert await one.change_epoch(OTHER, FIRST, Epoch((1 << 63) - 1))
+    assert await two.epochs() == {SPACE: second, OTHER: Epoch((1 << 63) - 1)}
+
+
+@pytest.mark.redis
+async def test_tidying_spares_a_node_that_lives_again_meanwhile(tmp_path: Path) -> None:
+    pytest.importorskip("redis")
+    from kvferry.pool.directory_redis import RedisDirectory
+
+    with redis_server(tmp_path) as server:
+        directory = RedisDirectory(server.url)
+        try:
+            await directory.report(A, [(SPACE, b"1")], [])
+            await directory.report(B, [(SPACE, b"1")], [])
+            forget = directory._forget
+
+            async def late(node: bytes, keys: object) -> None:
+                # Between the look at who lives and the tidying, one of the two joins.
+                await directory.join(A, "tcp://a:1", 60.0)
+                await forget(node, keys)  # type: ignore[arg-type]
+
+            directory._forget = late  # type: ignore[method-assign]
+            await directory.lookup(SPACE, [b"1"])
+            directory._forget = forget  # type: ignore[method-assign]
+            assert await directory.lookup(SPACE, [b"1"]) == [("tcp://a:1",)]
+            await directory.join(B, "tcp://b:1", 60.0)
+            # The other one was dead: its entry is gone, not only hidden.
+            assert await directory.lookup(SPACE, [b"1"]) == [("tcp://a:1",)]
+        finally:
+            await directory.close()
