@@ -14,13 +14,15 @@ MAX_NAMESPACES = 64
 """Counted apart; what comes later counts as `OTHERS`, so that tenants without number fill no monitoring system."""
 
 OTHERS = "(others)"
+ALARMING = ("directory_failures", "disk_broken", "disk_errors", "leases_expired", "removals_missed", "replicas_wrong")
+"""Counted from 0: a rate over a counter that appears with its first failure would miss that failure."""
 
 
 class Figures:
     """One node's figures. `counts` are events by name; other parts of the node count theirs in it, too."""
 
     def __init__(self) -> None:
-        self.counts: Counter[str] = Counter()
+        self.counts: Counter[str] = Counter(dict.fromkeys(ALARMING, 0))
         self.by_namespace: dict[str, Counter[str]] = {}
         self._registry = CollectorRegistry()
         self._reading = PoolReading()

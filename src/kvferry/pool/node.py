@@ -172,6 +172,7 @@ class PoolNode:
             node=self._engine.incarnation,
             address=lambda: self.address,
             ttl_s=self.settings.node_ttl_s,
+            counts=self.counts,
             # What lay on disk is served only when the directory told what was removed meanwhile.
             on_joined=self._adopt,
             on_missed=self._forgotten,

@@ -6,6 +6,7 @@ It is also how a node that was away learns that blocks were removed meanwhile: b
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Awaitable, Callable
 
 from kvferry.errors import KVError
@@ -31,6 +32,7 @@ class Reporter:
         node: Incarnation,
         address: Callable[[], str],
         ttl_s: float,
+        counts: Counter[str],
         on_joined: Callable[[], None],
         on_missed: Callable[[], Awaitable[None]],
     ) -> None:
@@ -38,18 +40,17 @@ class Reporter:
         Args:
             address: where clients reach the node; asked when it joins.
             ttl_s: the node's lease; renewed three times as often.
+            counts: gets `directory_failures` and `removals_missed`.
             on_joined: the node is live and missed no removal; called each time, before it reports what it has.
             on_missed: blocks were forgotten, as the node had missed a removal.
         """
         self._directory, self._index, self._node = directory, index, node
-        self._address, self._ttl_s = address, ttl_s
+        self._address, self._ttl_s, self._counts = address, ttl_s, counts
         self._on_joined, self._on_missed = on_joined, on_missed
         self._task: asyncio.Task[None] | None = None
         self._joined = False
         self._reachable = True
         self._unknown: dict[BlockSpace, Epoch] = {}
-        self.failures = 0
-        self.missed_removals = 0
 
     def start(self) -> None:
         """Begin to report; an absent directory is tried again until it is there."""
@@ -92,7 +93,7 @@ class Reporter:
                 self._unknown[space] = epoch
             elif standing == "missed":
                 forgotten = self._index.apply_removal(space, None, epoch=epoch)
-                self.missed_removals += 1
+                self._counts["removals_missed"] += 1
                 await self._on_missed()
                 _log.warning("a removal was missed; all of its space is forgotten",
                              namespace=space.namespace, blocks=len(forgotten))  # fmt: skip
@@ -118,7 +119,7 @@ class Reporter:
             except KVError as error:
                 # What was under way may be told or not: all of it is told again.
                 self._joined, renew_at_s = False, loop.time() + self._ttl_s / 3
-                self.failures += 1
+                self._counts["directory_failures"] += 1
                 if self._reachable:
                     _log.warning("the directory can't be told", cause=error.cause, error=str(error))
                 self._reachable = False

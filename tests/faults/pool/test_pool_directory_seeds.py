@@ -91,8 +91,7 @@ class World:
         await self.require_healed()
         for node in self.nodes:
             self.counts += Counter({n: c for n, c in node.counts.items() if n.startswith("replicas")})
-            assert node._cluster is not None
-            self.counts["missed"] += node._cluster.reporter.missed_removals
+            self.counts["missed"] += node.counts["removals_missed"]
             await node.close()
 
     async def start(self, number: int) -> PoolNode:

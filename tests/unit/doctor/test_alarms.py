@@ -9,7 +9,7 @@ from pathlib import Path
 from prometheus_client import CollectorRegistry
 
 from kvferry.doctor.findings import catalogue
-from kvferry.observe.metrics import HandoffMetrics, InstanceMetrics, RequestMetrics
+from kvferry.observe.metrics import HandoffMetrics, InstanceMetrics, PoolMetrics, RequestMetrics
 
 MONITORING = Path(__file__).parents[3] / "monitoring"
 RULES = (MONITORING / "prometheus-rules.yml").read_text()
@@ -17,10 +17,11 @@ DASHBOARD = json.loads((MONITORING / "grafana-dashboard.json").read_text())
 
 
 def _known() -> set[str]:
-    registries = [CollectorRegistry() for _ in range(3)]
+    registries = [CollectorRegistry() for _ in range(4)]
     RequestMetrics(registries[0])
     HandoffMetrics(registries[1])
     InstanceMetrics(registries[2])
+    PoolMetrics(registries[3])
     names = set()
     for registry in registries:
         for family in registry.collect():
@@ -55,6 +56,8 @@ def test_selectors_use_labels_that_their_metrics_have() -> None:
         for c in vars(group(CollectorRegistry())).values()
         if hasattr(c, "_labelnames")
     }
+    for family in PoolMetrics(CollectorRegistry()).collect():
+        collectors[family.name] = set(getattr(family, "_labelnames", ())) | {"instance", "job"}
     expressions = [RULES, *(t["expr"] for p in DASHBOARD["panels"] for t in p.get("targets", []))]
     selectors = [m for e in expressions for m in re.findall(r"\b(kvferry_[a-z_]+)\{([^}]*)\}", e)]
     assert len(selectors) > 10
