@@ -15,6 +15,7 @@ import logging
 import os
 import random
 import shutil
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -251,6 +252,14 @@ class World:
                 await self.get(number, space, hashes, healed=True)
 
 
+@pytest.fixture
+def disks() -> Iterator[Path]:
+    """Where the nodes' disks lie: files in memory, as thousands are made and removed."""
+    in_memory = Path("/dev/shm")
+    with tempfile.TemporaryDirectory(dir=in_memory if in_memory.is_dir() else None) as path:
+        yield Path(path)
+
+
 @pytest.fixture(autouse=True)
 def simulated(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(node_module, "TransferEngine", SimEngine)
@@ -271,12 +280,12 @@ def run_seed(seed: int, directory: Path) -> Counter[str]:
 
 
 @pytest.mark.timeout(0)
-def test_no_seed_serves_what_was_removed_or_another_s(tmp_path: Path) -> None:
+def test_no_seed_serves_what_was_removed_or_another_s(disks: Path) -> None:
     counts: Counter[str] = Counter()
     first = int(os.environ.get("KVFERRY_POOL_FIRST_SEED", "0"))
     for seed in range(first, first + NUM_SEEDS):
         try:
-            counts += run_seed(seed, tmp_path)
+            counts += run_seed(seed, disks)
         except AssertionError as error:
             raise AssertionError(f"seed {seed}: {error}") from error
     print(f"{NUM_SEEDS} seeds: {dict(counts)}")
@@ -360,12 +369,12 @@ def words_outlive_their_leases(patch: pytest.MonkeyPatch) -> None:
     ],
     ids=lambda breaks: breaks.__name__,
 )
-def test_each_rule_switched_off_is_caught(breaks: Breaks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_rule_switched_off_is_caught(breaks: Breaks, disks: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     breaks(monkeypatch)
 
     def fails(seed: int) -> bool:
         try:
-            run_seed(seed, tmp_path)
+            run_seed(seed, disks)
         except (AssertionError, KVError):
             return True
         return False
