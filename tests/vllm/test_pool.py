@@ -1,9 +1,13 @@
 """Real vLLM with a pool: a cache that outlives the engines, alone and with handoffs."""
 
+import signal
+import time
+
 import pytest
 from serving import BLOCK, PATIENT, Pair, Server, complete, kv_config, post_completion, prompt_of, wait_for
 
 NUM_TOKENS = 16
+WAIT_S = 5.0
 LENGTHS = (129, 300, 1000, 1900)
 # float32: in bfloat16 vLLM's answers depend on what else is in the batch.
 FLAGS = ["--dtype", "float32"]
@@ -18,7 +22,7 @@ def pool_config(node, **extra):
         "kv_connector_module_path": "kvferry.connector.vllm",
         "kv_role": "kv_both",
         "kv_load_failure_policy": "recompute",
-        "kv_connector_extra_config": {"pool": node.address, **PATIENT, **extra},
+        "kv_connector_extra_config": {"pool": node.address, "pool_wait_s": WAIT_S, **extra},
     }
 
 
@@ -74,7 +78,7 @@ def filled(single, model_path, logs, pool_node):
 def pair(filled, registry, model_path, logs, pool_node, flags):
     """A fresh prefill and a fresh decode instance with that pool."""
     environment = {**ENVIRONMENT, "KVFERRY_TEST_FLAGS": str(flags)}
-    settings = {**PATIENT, "pool": pool_node.address, "on_loaded": "pool_hooks:zero_on_flag"}
+    settings = {**PATIENT, "pool_wait_s": WAIT_S, "pool": pool_node.address, "on_loaded": "pool_hooks:zero_on_flag"}
     servers = [
         Server(
             name,
@@ -180,6 +184,20 @@ def test_decode_asks_the_pool_when_the_handoff_fails(pair, single):
     assert result.token_ids == complete(single.url, prompt, NUM_TOKENS)
     assert pair.decode.metric(LOADED) - loaded == loadable(1900)
     pair.decode.wait_all_free()
+
+
+def test_a_node_that_is_stopped_is_waited_for_only_so_long(fresh, single, pool_node):
+    pool_node.process.send_signal(signal.SIGSTOP)
+    try:
+        prompt = prompt_of(300, seed=LENGTHS.index(300) + 1)
+        began = time.monotonic()
+        assert complete(fresh.url, prompt, NUM_TOKENS) == complete(single.url, prompt, NUM_TOKENS)
+        assert time.monotonic() - began < 2 * WAIT_S
+        # What it offers to a pool that does not take it is held for as long as one save may last, not for ever.
+        fresh.wait_all_free()
+    finally:
+        pool_node.process.send_signal(signal.SIGCONT)
+    assert fresh.metric("vllm:kvferry_pool_save_failures_total") > 0
 
 
 def test_a_node_that_dies_in_the_middle_of_a_load_is_missed_by_nobody(fresh, pair, single, pool_node, flags):

@@ -16,9 +16,11 @@ from serving import ENVIRONMENT, FLAGS, Server, call, die_with_parent, free_port
 
 MODEL = "qwen3"
 NUM_TOKENS = 12
-LENGTHS = (1, 5, 128, 300, 1000)
-# float32: in bfloat16 vLLM's answers depend on what else is in the batch.
-EXACT = ["--dtype", "float32"]
+LENGTHS = (1, 5, 127, 128, 129, 300, 1000, 1900)
+GREEDY = {"temperature": 0}
+SEEDED = {"temperature": 0.9, "seed": 4711, "top_p": 0.95}
+# float32: in bfloat16 vLLM's answers depend on what else is in the batch. No chunks: see test_tokens.py.
+EXACT = ["--dtype", "float32", "--no-enable-chunked-prefill", "--max-num-batched-tokens", "2048"]
 # The cluster would draw one by itself; the instance that joins by hand must know it.
 SECRET = {"KVFERRY_CLUSTER_SECRET": "a secret for this test alone"}
 
@@ -33,6 +35,7 @@ class Cluster:
         flags = [f for f in FLAGS if f not in ("--host", "127.0.0.1")]
         command = [str(Path(sys.executable).parent / "kvferry"), "up", "--engine", "vllm", "--model", str(model)]
         command += ["--prefill", "2", "--decode", "2", "--port", str(port), "--logs", str(logs)]
+        command += ["--router-stream-first-token"]
         command += ["--vllm-args", " ".join([*flags, *EXACT])]
         with (logs / "up.log").open("ab") as log:
             self.process = subprocess.Popen(
@@ -80,9 +83,9 @@ class Cluster:
             self.process.wait(60)
 
 
-def ask(url, prompt):
-    """(tokens, outcome line) of one greedy request to the router."""
-    body = {"model": "m", "prompt": prompt, "max_tokens": NUM_TOKENS, "temperature": 0, "ignore_eos": True}
+def ask(url, prompt, options=GREEDY):
+    """(tokens, outcome line) of one request to the router."""
+    body = {"model": "m", "prompt": prompt, "max_tokens": NUM_TOKENS, "ignore_eos": True, **options}
     data = json.dumps({**body, "return_token_ids": True}).encode()
     request = urllib.request.Request(f"{url}/v1/completions", data, {"content-type": "application/json"})
     with urllib.request.urlopen(request, timeout=90) as answer:
@@ -101,22 +104,69 @@ def cluster(model_path, logs):
         cluster.stop()
 
 
-def reference(cluster, prompt):
+def reference(cluster, prompt, options=GREEDY):
     """What one of the instances answers alone, without a handoff."""
     instance = next(i for i in cluster.instances().values() if i["role"] == "decode")
-    body = {"model": "m", "prompt": prompt, "max_tokens": NUM_TOKENS, "temperature": 0, "ignore_eos": True}
+    body = {"model": "m", "prompt": prompt, "max_tokens": NUM_TOKENS, "ignore_eos": True, **options}
     status, answer = call(f"{instance['url']}/v1/completions", {**body, "return_token_ids": True})
     assert status == 200
     return answer["choices"][0]["token_ids"]
 
 
-def test_two_prefill_and_two_decode_instances(cluster):
-    prompts = [prompt_of(n, seed=i + 1) for i, n in enumerate(LENGTHS * 3)]
-    with ThreadPoolExecutor(8) as pool:
-        answers = list(pool.map(lambda p: ask(cluster.url, p), prompts))
+@pytest.mark.parametrize("options", [GREEDY, SEEDED], ids=["greedy", "seeded"])
+@pytest.mark.parametrize("at_a_time", [1, 16])
+def test_two_prefill_and_two_decode_instances(cluster, options, at_a_time):
+    lengths = LENGTHS * (2 if at_a_time > 1 else 1)
+    prompts = [prompt_of(n, seed=1000 * at_a_time + 100 * len(options) + i) for i, n in enumerate(lengths)]
+    with ThreadPoolExecutor(at_a_time) as pool:
+        answers = list(pool.map(lambda p: ask(cluster.url, p, options), prompts))
     for prompt, (tokens, outcome) in zip(prompts, answers, strict=True):
         assert outcome.startswith("delivered"), outcome
-        assert tokens == reference(cluster, prompt), f"prompt of {len(prompt)} tokens"
+        assert "tokens_computed=1;" in outcome, outcome
+        assert tokens == reference(cluster, prompt, options), f"prompt of {len(prompt)} tokens"
+
+
+def texts_of(answer):
+    """The texts of a stream's events, as they come."""
+    for line in answer:
+        if line.startswith(b"data: {"):
+            yield json.loads(line[6:])["choices"][0]["text"]
+
+
+@pytest.mark.parametrize("options", [GREEDY, SEEDED], ids=["greedy", "seeded"])
+def test_prefills_token_is_streamed_at_once_and_is_decodes_own(cluster, options):
+    """The client has it while no decode instance can say a word; decode's own is compared, or the stream would fail."""
+    for i, length in enumerate((1, 129, 1000)):
+        prompt = prompt_of(length, seed=5000 + 100 * len(options) + i)
+        body = {"model": "m", "prompt": prompt, "max_tokens": NUM_TOKENS, "ignore_eos": True, **options}
+        instance = next(i for i in cluster.instances().values() if i["role"] == "decode")
+        expected = call(f"{instance['url']}/v1/completions", body)[1]["choices"][0]["text"]
+        decoders = [
+            p
+            for name, i in cluster.instances().items()
+            if i["role"] == "decode"
+            for p in [cluster.server_process(name), *cluster.server_process(name).children(recursive=True)]
+        ]
+        request = urllib.request.Request(
+            f"{cluster.url}/v1/completions",
+            json.dumps({**body, "stream": True}).encode(),
+            {"content-type": "application/json"},
+        )
+        for process in decoders:
+            process.send_signal(signal.SIGSTOP)
+        try:
+            answer = urllib.request.urlopen(request, timeout=60)
+            texts = texts_of(answer)
+            first = next(texts)
+        finally:
+            for process in decoders:
+                process.send_signal(signal.SIGCONT)
+        with answer:
+            rest = "".join(texts)
+        assert first and first + rest == expected, f"prompt of {length} tokens"
+
+
+def test_all_four_instances_took_part(cluster):
     pages = [call(f"{i['url']}/metrics")[1] for i in cluster.instances().values()]
     for metric, side in (("handoffs", "decode"), ("releases", "prefill")):
         assert sum(f"vllm:kvferry_{metric}_total{{" in page for page in pages) == 2, f"both {side} instances took part"

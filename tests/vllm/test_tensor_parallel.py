@@ -8,11 +8,18 @@ LENGTHS = (5, 128, 129, 900)
 
 
 @pytest.fixture(scope="module")
-def pair(start_pair):
+def pair(start_pair, pool_node):
     # float32: in bfloat16 the sums over two ranks round otherwise than the sums within one.
     exact = ["--dtype", "float32"]
     two = [*exact, "--tensor-parallel-size", "2"]
-    return start_pair("llama", prefill_flags=exact, decode_flags=two, prefill_kv=PATIENT, decode_kv=PATIENT)
+    return start_pair(
+        "llama",
+        prefill_flags=exact,
+        decode_flags=two,
+        prefill_kv=PATIENT,
+        decode_kv={**PATIENT, "pool": pool_node.address},
+        environment={"VLLM_SERVER_DEV_MODE": "1"},
+    )
 
 
 @pytest.mark.parametrize("direction", ["1 to 2", "2 to 1"])
@@ -26,3 +33,16 @@ def test_tokens_equal(pair, direction):
         assert result.token_ids == complete(way.prefill.url, prompt, NUM_TOKENS), f"prompt of {length} tokens"
     way.prefill.wait_all_free()
     way.decode.wait_all_free()
+
+
+def test_each_rank_has_its_own_slice_in_the_pool(pair):
+    prompt = prompt_of(700, seed=200)
+    expected = complete(pair.prefill.url, prompt, NUM_TOKENS)
+    assert complete(pair.decode.url, prompt, NUM_TOKENS) == expected
+    pair.decode.wait_all_free()
+    pair.decode.forget_prefixes()
+    loaded = pair.decode.metric("vllm:kvferry_pool_loaded_blocks_total")
+    assert complete(pair.decode.url, prompt, NUM_TOKENS) == expected
+    # 5 full blocks of 128 tokens, once a rank.
+    assert pair.decode.metric("vllm:kvferry_pool_loaded_blocks_total") - loaded == 2 * 5
+    pair.decode.wait_all_free()
