@@ -7,7 +7,6 @@ arguments. The cause is in the result, counted in `failures`, and logged once fo
 from __future__ import annotations
 
 import asyncio
-import ctypes
 import itertools
 import time
 from collections import Counter
@@ -16,12 +15,12 @@ from typing import Any, NamedTuple, TypeVar
 
 import msgspec
 import numpy as np
-import xxhash
 
 from kvferry.errors import IntegrityError, KVError, PoolError, RegistrationError, TransferTimeout, TransportError
 from kvferry.layout import Offsets
 from kvferry.observe import get_log
 from kvferry.pool.arena import new_word
+from kvferry.pool.fetching import fetch_blocks
 from kvferry.pool.keys import BlockSpace, Tier, require_hashes
 from kvferry.pool.messages import (
     AskBlocks,
@@ -50,15 +49,14 @@ from kvferry.pool.messages import (
     Tiers,
     Unpin,
 )
-from kvferry.pool.parts import BlockPart, Places, block_bytes, part_runs, require_inside
+from kvferry.pool.parts import BlockPart, Places, block_bytes, require_inside
 from kvferry.transfer import Peer, TransferEngine, TransferSettings
-from kvferry.transport.base import BlockList, Guard, Region
+from kvferry.transport.base import Region
 from kvferry.transport.huge import collapse
 from kvferry.transport.memory import WORD_BYTES, WordTable
 
 MAX_PUTS = 512
 RECONNECT_S = 1.0
-SAME_MEMORY = ("inproc", "shm")
 _log = get_log(__name__)
 _decoder = msgspec.msgpack.Decoder(Reply)
 R = TypeVar("R", bound=Message)
@@ -187,19 +185,11 @@ class PoolClient:
             if not any(lease.found):
                 return GetResult(missed)
             picked = targets[np.asarray(lease.found)]
-            arena = peer.regions.get(lease.arena)
-            if arena is None:
-                raise TransportError("the node does not offer its arena (any more)", peer=peer.name)
-            blocks = [
-                BlockList(arena, self._regions[run.region], run.pool_offsets, run.offsets, run.nbytes)
-                for run in part_runs(parts, picked, np.asarray(lease.offsets, dtype=np.int64))
-            ]
-            guard = Guard(lease.arena, lease.word_offset, lease.word)
-            done = await self._engine.read(peer, blocks, guard=guard, deadline_s=max(0.001, until_s - time.monotonic()))
-            if done.transport not in SAME_MEMORY:
-                await self._verify(parts, picked, lease.digests)
+            transport = await fetch_blocks(
+                self._engine, peer, lease, parts=parts, places=picked, regions=self._regions, until_s=until_s
+            )
             self._last_cause = None
-            return GetResult(lease.found, lease.from_disk, done.transport, node=self.address)
+            return GetResult(lease.found, lease.from_disk, transport, node=self.address)
         except RegistrationError:
             raise
         except (TransportError, PoolError, IntegrityError) as error:
@@ -355,25 +345,6 @@ class PoolClient:
                 self._retry_at_s = time.monotonic() + RECONNECT_S
                 raise
             return self._peer
-
-    async def _verify(self, parts: Sequence[BlockPart], places: Offsets, digests: list[int]) -> None:
-        regions = dict(self._regions)
-
-        def first_difference() -> int | None:
-            # As bytes, whatever the shape and type that the engine gave it.
-            memory = {id: (ctypes.c_uint8 * r.nbytes).from_address(r.address) for id, r in regions.items()}
-            for place, digest in zip(places.tolist(), digests, strict=True):
-                state = xxhash.xxh3_64()
-                for part in parts:
-                    at = part.base + place * part.stride
-                    state.update(memoryview(memory[part.region])[at : at + part.nbytes])
-                if state.intdigest() != digest:
-                    return int(place)
-            return None
-
-        wrong = await asyncio.get_running_loop().run_in_executor(None, first_difference)
-        if wrong is not None:
-            raise IntegrityError(f"the block that arrived at place {wrong} is not the one that the node holds")
 
     def _checked(self, hashes: Sequence[bytes], parts: Sequence[BlockPart], places: Places) -> Offsets:
         """int64 [num_hashes]. Raises: RegistrationError."""

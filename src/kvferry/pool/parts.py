@@ -5,11 +5,13 @@ In the pool a block is one run of bytes, the concatenation of its parts.
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Mapping, Sequence
 from typing import Annotated, NamedTuple
 
 import msgspec
 import numpy as np
+import xxhash
 from msgspec import Meta
 
 from kvferry.errors import RegistrationError
@@ -102,3 +104,25 @@ def part_runs(parts: Sequence[BlockPart], places: Offsets, pool_offsets: Offsets
         PartRun(region, nbytes, np.concatenate(here), np.concatenate(there))
         for (region, nbytes), (here, there) in merged.items()
     ]
+
+
+def block_digests(parts: Sequence[BlockPart], places: Offsets, addresses: Mapping[int, int]) -> list[int]:
+    """xxh3-64 of each block, over its parts in order.
+
+    Args:
+        places: int64 [num_blocks], the blocks' places as `parts` count.
+        addresses: where each region begins in this process; the caller keeps the memory.
+    """
+    if len(parts) == 1:
+        (part,) = parts
+        memory = ctypes.c_char * part.nbytes
+        starts = (places * part.stride + (part.base + addresses[part.region])).tolist()
+        return [xxhash.xxh3_64_intdigest(memory.from_address(at)) for at in starts]
+    pieces = [(ctypes.c_char * p.nbytes, addresses[p.region] + p.base, p.stride) for p in parts]
+    digests: list[int] = []
+    for place in places.tolist():
+        state = xxhash.xxh3_64()
+        for memory, first, stride in pieces:
+            state.update(memory.from_address(first + place * stride))
+        digests.append(state.intdigest())
+    return digests

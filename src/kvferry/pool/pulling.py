@@ -10,22 +10,16 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
-import numpy as np
-import numpy.typing as npt
-import xxhash
-
 from kvferry.errors import LeaseExpired, RegistrationError
 from kvferry.layout import Offsets
 from kvferry.pool.arena import Arena
-from kvferry.pool.parts import BlockPart, block_bytes, part_runs
+from kvferry.pool.parts import BlockPart, block_bytes, block_digests, part_runs, whole
 from kvferry.transfer import Peer, TransferEngine
 from kvferry.transport.base import BlockList, Guard, RemoteRegion
 
 STEP_BYTES = 8 << 20
 """How much is copied before its digests are taken, and between two looks at the client's word: it fits a cache, and a
 put that was given up ends soon."""
-
-Memory = npt.NDArray[np.uint8]
 
 
 def pull_blocks(
@@ -50,7 +44,8 @@ def pull_blocks(
     until_s = time.monotonic() + deadline_s
     sources = {part.region: _region(peer, part.region) for part in parts}
     views = {region: engine.mapped(peer, region) for region in sources}
-    mapped = {region: view for region, view in views.items() if view is not None}
+    # They are kept, with their addresses, until the last digest is taken.
+    mapped = {region: int(view.ctypes.data) for region, view in views.items() if view is not None}
     near = len(mapped) == len(sources)
     step = max(1, STEP_BYTES // block_bytes(parts)) if near else len(slabs)
     digests: list[int] = []
@@ -63,11 +58,12 @@ def pull_blocks(
         left_s = max(0.001, until_s - time.monotonic())
         if not near:
             engine.read_sync(peer, blocks, guard=guard, deadline_s=left_s)
-            here = [BlockPart(0, 0, 1, block_bytes(parts))]
-            digests += _digests(here, offsets, {0: arena.region.buffer})
+            digests += block_digests(
+                whole(arena.region, block_bytes(parts)), offsets, {arena.region.region_id: arena.region.address}
+            )
             continue
         engine.read_sync(peer, blocks, deadline_s=left_s)
-        digests += _digests(parts, some, mapped)
+        digests += block_digests(parts, some, mapped)
         if engine.load_word_sync(peer, guard.region_id, guard.offset, deadline_s=left_s) != guard.word:
             raise LeaseExpired("the client took its word back while its blocks were copied", peer=peer.name)
     return digests
@@ -78,20 +74,3 @@ def _region(peer: Peer, region_id: int) -> RemoteRegion:
     if region is None:
         raise RegistrationError(f"you took region {region_id} back while its blocks were to be copied", peer=peer.name)
     return region
-
-
-def _digests(parts: Sequence[BlockPart], places: Offsets, memory: dict[int, Memory]) -> list[int]:
-    """xxh3-64 of each block, over its parts in order."""
-    views = {region: memoryview(view.data) for region, view in memory.items()}
-    if len(parts) == 1:
-        part, view = parts[0], views[parts[0].region]
-        starts = (places * part.stride + part.base).tolist()
-        return [xxhash.xxh3_64_intdigest(view[at : at + part.nbytes]) for at in starts]
-    digests: list[int] = []
-    for place in places.tolist():
-        state = xxhash.xxh3_64()
-        for part in parts:
-            at = part.base + place * part.stride
-            state.update(views[part.region][at : at + part.nbytes])
-        digests.append(state.intdigest())
-    return digests
