@@ -148,6 +148,7 @@ class TransportConformance:
         assert done.nbytes == num_blocks * nbytes
         assert done.transport in self.transports
         assert done.retries == 0
+        assert 0 < done.duration_s < 20
 
     def test_reads_several_regions_in_one_call(self, case: Case) -> None:
         more = case.owner.call("region", 8 * BLOCK, seed=8, shared=self.shared)

@@ -9,6 +9,7 @@
 #include <Python.h>
 #include <errno.h>
 #include <poll.h>
+#include <sched.h>
 #include <stdint.h>
 #include <string.h>
 #include <sys/socket.h>
@@ -19,47 +20,38 @@
 #define HAVE_STREAM 1
 #define PAGE 4096
 
-/* Two pages in turn: more open DRAM rows than one, and (unlike four) few enough streams for every prefetcher. What is
- * read next is asked for four lines ahead; at the end of two pages that is the beginning of the following two, or of the
- * next block: hardware stops at the page, and the walk of the page table is long where pages are small. */
-#define AHEAD 256
-#define DEFINE_STREAM(NAME, TARGET, COPY_LINE)                                                                \
-    TARGET static void NAME(char *target, const char *source, size_t nbytes, const char *following) {        \
-        for (; nbytes >= 2 * PAGE; nbytes -= 2 * PAGE, target += 2 * PAGE, source += 2 * PAGE) {              \
-            const char *next = nbytes >= 4 * PAGE ? source + 2 * PAGE : following;                            \
-            for (size_t line = 0; line < PAGE; line += 64)                                                    \
-                for (size_t page = 0; page < 2 * PAGE; page += PAGE) {                                        \
-                    const char *from = source + page + line;                                                  \
-                    _mm_prefetch(line + AHEAD < PAGE ? from + AHEAD : next + page + line + AHEAD - PAGE,      \
-                                 _MM_HINT_T0);                                                                \
-                    COPY_LINE(target + page + line, from);                                                    \
-                }                                                                                             \
+/* Four vectors at a time, all loaded before the first is stored, and in the direction in which loads run away from stores:
+ * a load that agrees with a store under way in the low 12 bits of its address may wait until that store has reached
+ * memory, which makes a copy four times as long. (Interleaving pages, as glibc does, meets this at every line.) The page
+ * ahead is touched early, for hardware stops at the page, and the walk of the page table is long where pages are small. */
+#define ORDERED __asm__ volatile("" ::: "memory")
+#define DEFINE_STREAM(NAME, TARGET, VECTOR, LOAD, STORE)                                                      \
+    TARGET static void NAME(char *target, const char *source, size_t nbytes) {                                \
+        const size_t group = 4 * sizeof(VECTOR), count = nbytes / group;                                      \
+        const int backwards = (((uintptr_t)source - (uintptr_t)target) & (PAGE - 1)) > PAGE / 2;              \
+        for (size_t i = 0; i < count; i++) {                                                                  \
+            const size_t at = (backwards ? count - 1 - i : i) * group;                                        \
+            const char *from = source + at;                                                                   \
+            char *to = target + at;                                                                           \
+            if (at % PAGE == 0) _mm_prefetch(backwards ? from - PAGE : from + PAGE, _MM_HINT_T0);             \
+            VECTOR value[4];                                                                                  \
+            for (int k = 0; k < 4; k++) value[k] = LOAD((const void *)(from + k * sizeof(VECTOR)));           \
+            for (int k = 0; k < 4; k++) {                                                                     \
+                STORE((void *)(to + k * sizeof(VECTOR)), value[k]);                                           \
+                ORDERED;                                                                                      \
+            }                                                                                                 \
         }                                                                                                     \
-        memcpy(target, source, nbytes);                                                                       \
+        memcpy(target + count * group, source + count * group, nbytes - count * group);                       \
     }
 
 #define AVX512 __attribute__((target("avx512f")))
 #define AVX2 __attribute__((target("avx2")))
 
-static inline void line_sse2(char *to, const char *from) {
-    for (int part = 0; part < 64; part += 16)
-        _mm_stream_si128((void *)(to + part), _mm_loadu_si128((const void *)(from + part)));
-}
+DEFINE_STREAM(stream_sse2, , __m128i, _mm_loadu_si128, _mm_stream_si128)
+DEFINE_STREAM(stream_avx2, AVX2, __m256i, _mm256_loadu_si256, _mm256_stream_si256)
+DEFINE_STREAM(stream_avx512, AVX512, __m512i, _mm512_loadu_si512, _mm512_stream_si512)
 
-AVX2 static inline void line_avx2(char *to, const char *from) {
-    for (int part = 0; part < 64; part += 32)
-        _mm256_stream_si256((void *)(to + part), _mm256_loadu_si256((const void *)(from + part)));
-}
-
-AVX512 static inline void line_avx512(char *to, const char *from) {
-    _mm512_stream_si512((void *)to, _mm512_loadu_si512((const void *)from));
-}
-
-DEFINE_STREAM(stream_sse2, , line_sse2)
-DEFINE_STREAM(stream_avx2, AVX2, line_avx2)
-DEFINE_STREAM(stream_avx512, AVX512, line_avx512)
-
-typedef void (*stream_function)(char *, const char *, size_t, const char *);
+typedef void (*stream_function)(char *, const char *, size_t);
 
 static stream_function widest_stream(void) {
     if (__builtin_cpu_supports("avx512f")) return stream_avx512;
@@ -98,8 +90,7 @@ static PyObject *copy_blocks(PyObject *module, PyObject *const *args, Py_ssize_t
         size_t head = (64 - ((uintptr_t)to & 63)) & 63;
         if (head > nbytes) head = nbytes;
         memcpy(to, from, head);
-        const char *following = i + 1 < count ? source + source_offsets[i + 1] : from;
-        stream(to + head, from + head, nbytes - head, following);
+        stream(to + head, from + head, nbytes - head);
     }
     if (streaming) _mm_sfence();
 #else
@@ -164,7 +155,8 @@ static PyObject *copy_checked(PyObject *module, PyObject *const *args, Py_ssize_
     return PyLong_FromLong(word_stands ? 0 : 3);
 }
 
-/* Being woken costs tens of microseconds where a core had gone to sleep meanwhile; an answer often takes less. */
+/* Being woken costs tens of microseconds where a core had gone to sleep meanwhile; an answer often takes less. Not where
+ * the sender runs on this very core: it could not answer before this thread sleeps, and then nobody has to be woken. */
 static PyObject *receive_soon(PyObject *module, PyObject *const *args, Py_ssize_t nargs) {
     (void)module;
     if (nargs != 3) {
@@ -178,6 +170,11 @@ static PyObject *receive_soon(PyObject *module, PyObject *const *args, Py_ssize_
     ssize_t got;
     int failed;
     Py_BEGIN_ALLOW_THREADS;
+#ifdef SO_INCOMING_CPU
+    int sender = -1;
+    socklen_t size = sizeof sender;
+    if (!getsockopt((int)fd, SOL_SOCKET, SO_INCOMING_CPU, &sender, &size) && sender == sched_getcpu()) within_us = 0;
+#endif
     struct timespec began, now;
     clock_gettime(CLOCK_MONOTONIC, &began);
     do {

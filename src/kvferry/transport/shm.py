@@ -147,6 +147,7 @@ class ShmLink(Link):
         place = self._places.get(remote.token)
         if place is not None and place.region is remote and nbytes <= SMALL_BYTES:
             target, source = local.address + targets.item(), place.address + sources.item()  # type: ignore[union-attr]
+            found: int | None
             if guard is None:
                 found = copy_checked(target, source, nbytes, self.pidfd, place.slot, place.nonce)
             else:
