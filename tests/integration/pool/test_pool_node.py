@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from kvferry.errors import RegistrationError
-from kvferry.pool import BlockPart, BlockSpace, PoolClient, PoolNode, PoolSettings, Tier, whole
+from kvferry.pool import BlockPart, BlockSpace, PoolClient, PoolNode, PoolSettings, Tier, fetching, whole
 from kvferry.pool.messages import PutBlocks
 from kvferry.transport.base import Region
 
@@ -296,3 +296,17 @@ async def settled(client: PoolClient) -> None:
             return
         await asyncio.sleep(0.01)
     raise AssertionError(f"the disk did not settle: {stat}")
+
+
+async def test_what_comes_over_a_network_in_steps_is_whole_or_a_miss(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fetching, "STEP_BYTES", 2 * BLOCK)
+    async with pair(transports=("tcp",)) as (node, client):
+        await put(client, 1, 2, 3, 4, 5)
+        assert await get(client, 1, 2, 3, 4, 5) == [True] * 5
+        # In the node's memory, behind the back of its digests; the last step finds it.
+        (entry,) = node._index.find(SPACE, names(5))
+        assert entry is not None and entry.slab is not None
+        node._arena.view(entry.slab, BLOCK)[77] ^= 1
+        assert await get(client, 1, 2, 3, 4, 5) == [False] * 5
+        assert client.failures == {"integrity_error": 1}
+        assert await get(client, 1, 2, 3, 4) == [True] * 4
