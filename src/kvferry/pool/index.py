@@ -273,12 +273,14 @@ class BlockIndex:
             epoch: what this removal begins; by default a fresh one that follows the current one.
         Returns: the blocks that were there.
         """
-        known = self._space(space)
         if previous is not None and not self.epochs.knows(space, previous):
             hashes = None
         if epoch is None:
             epoch, previous = new_epoch(), self.epochs.current(space)
         self.epochs.enter(space, epoch, FIRST if previous is None else previous, emptied=hashes is None)
+        known = self._spaces.get(space)
+        if known is None:
+            return []
         if hashes is None:
             hashes = [*known.entries, *(h for h in known.pending if h not in known.entries)]
         removed: list[Entry] = []

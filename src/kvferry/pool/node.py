@@ -175,7 +175,7 @@ class PoolNode:
             counts=self.counts,
             # What lay on disk is served only when the directory told what was removed meanwhile.
             on_joined=self._adopt,
-            on_missed=self._forgotten,
+            on_epochs=self._forgotten,
         )
         return Cluster(directory, Neighbours(self._engine, directory), reporter)
 

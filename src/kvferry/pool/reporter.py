@@ -18,6 +18,7 @@ from kvferry.pool.keys import BlockSpace
 from kvferry.types import Incarnation
 
 FLUSH_S = 0.05
+TIDY_S = 3.0
 _log = get_log(__name__)
 
 
@@ -34,7 +35,7 @@ class Reporter:
         ttl_s: float,
         counts: Counter[str],
         on_joined: Callable[[], None],
-        on_missed: Callable[[], Awaitable[None]],
+        on_epochs: Callable[[], Awaitable[None]],
     ) -> None:
         """
         Args:
@@ -42,11 +43,11 @@ class Reporter:
             ttl_s: the node's lease; renewed three times as often.
             counts: gets `directory_failures` and `removals_missed`.
             on_joined: the node is live and missed no removal; called each time, before it reports what it has.
-            on_missed: blocks were forgotten, as the node had missed a removal.
+            on_epochs: spaces have other epochs now, and blocks were forgotten where the node had missed a removal.
         """
         self._directory, self._index, self._node = directory, index, node
         self._address, self._ttl_s, self._counts = address, ttl_s, counts
-        self._on_joined, self._on_missed = on_joined, on_missed
+        self._on_joined, self._on_epochs = on_joined, on_epochs
         self._task: asyncio.Task[None] | None = None
         self._joined = False
         self._reachable = True
@@ -66,7 +67,10 @@ class Reporter:
         try:
             await self._directory.leave(self._node)
             # Nobody looks at them any more, but a directory of many hosts would keep them for ever.
-            await self._directory.report(self._node, [], self._index.names())
+            async with asyncio.timeout(TIDY_S):
+                await self._directory.report(self._node, [], self._index.names())
+        except TimeoutError:
+            _log.info("the directory keeps entries of this node until they are looked up")
         except KVError as error:
             _log.info("the directory could not be told that this node leaves", cause=error.cause)
 
@@ -80,6 +84,7 @@ class Reporter:
         """
         epochs, theirs = self._index.epochs, await self._directory.epochs()
         waited, self._unknown = self._unknown, {}
+        changed = False
         for space, epoch in theirs.items():
             standing = epochs.compare(space, epoch)
             if standing == "ahead":
@@ -89,17 +94,21 @@ class Reporter:
                 previous, merged = epochs.current(space), new_epoch()
                 if await self._directory.change_epoch(space, epoch, merged):
                     self._index.apply_removal(space, [], previous=previous, epoch=merged)
+                    changed = True
             elif standing == "missed" and patient and waited.get(space) != epoch:
                 self._unknown[space] = epoch
             elif standing == "missed":
                 forgotten = self._index.apply_removal(space, None, epoch=epoch)
-                self._counts["removals_missed"] += 1
-                await self._on_missed()
-                _log.warning("a removal was missed; all of its space is forgotten",
-                             namespace=space.namespace, blocks=len(forgotten))  # fmt: skip
+                changed = True
+                if forgotten:
+                    self._counts["removals_missed"] += 1
+                    _log.warning("a removal was missed; all of its space is forgotten",
+                                 namespace=space.namespace, blocks=len(forgotten))  # fmt: skip
         for space, epoch in epochs.all().items():
             if space not in theirs:
                 await self._directory.change_epoch(space, FIRST, epoch)
+        if changed:
+            await self._on_epochs()
 
     async def _run(self) -> None:
         renew_at_s = 0.0

@@ -64,6 +64,19 @@ class VirtualLoop(asyncio.SelectorEventLoop):
         return asyncio.ensure_future(later(), loop=self)
 
 
+class NoThreads:
+    """An executor of which the loop makes no use."""
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        pass
+
+    def submit(self, *_: Any, **__: Any) -> None:
+        """What a node does besides, for speed."""
+
+    def shutdown(self, wait: bool = True) -> None:
+        pass
+
+
 class LoopClock(Clock):
     """The loop's time."""
 

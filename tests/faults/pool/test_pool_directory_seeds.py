@@ -22,7 +22,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from simulated_pool import SLAB, SPACES, LoopClock, SimClient, SimDirectory, SimEngine, VirtualLoop, Wire, version_of
+from simulated_pool import (
+    SLAB,
+    SPACES,
+    LoopClock,
+    NoThreads,
+    SimClient,
+    SimDirectory,
+    SimEngine,
+    VirtualLoop,
+    Wire,
+    version_of,
+)
 
 from kvferry.errors import KVError
 from kvferry.pool import node as node_module
@@ -263,6 +274,7 @@ def disks() -> Iterator[Path]:
 @pytest.fixture(autouse=True)
 def simulated(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(node_module, "TransferEngine", SimEngine)
+    monkeypatch.setattr(node_module, "ThreadPoolExecutor", NoThreads)
     # More happens in less time.
     monkeypatch.setattr(replicas, "PERIOD_S", 0.4)
     monkeypatch.setattr(replicas, "LEAST_HEAT", 2.0)
