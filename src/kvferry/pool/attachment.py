@@ -138,6 +138,10 @@ class PoolAttachment:
         """How many of these blocks, from the first on, a load would find; 0 where the pool can't be asked."""
         return self._begin(lambda: self._lookup(list(hashes)), lambda cause: 0)
 
+    def prefetch(self, hashes: Sequence[bytes]) -> Pending[int]:
+        """Blocks that will be loaded soon: this host's node brings those that it has on disk only into its memory."""
+        return self._begin(lambda: self._prefetch(list(hashes)), lambda cause: 0)
+
     def load(self, hashes: Sequence[bytes], block_ids: Sequence[int] | Offsets) -> Pending[Loaded]:
         """Copy the longest prefix of these blocks that the pool has into the KV blocks with these ids."""
         places = np.array(block_ids, dtype=np.int64)
@@ -204,6 +208,10 @@ class PoolAttachment:
             found = await self._nodes.longest_prefix(hashes)
         self._add(lookups=1)
         return found
+
+    async def _prefetch(self, hashes: list[bytes]) -> int:
+        async with asyncio.timeout(self._deadline_s):
+            return await self._nodes.prefetch(hashes)
 
     async def _load(self, hashes: list[bytes], places: Offsets) -> Loaded:
         began_s = time.monotonic()

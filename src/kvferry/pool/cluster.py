@@ -93,12 +93,11 @@ class PoolNodes:
         """How many of these blocks, from the first on, `get` would find now: one node must have them all."""
         return max(map(_prefix, (await self._ask_all(hashes)).values()))
 
-    async def get(
-        self,
-        hashes: Sequence[bytes],
-        parts: Sequence[BlockPart],
-        places: Places,
-    ) -> GetResult:
+    async def prefetch(self, hashes: Sequence[bytes]) -> int:
+        """Let this host's node bring blocks from its disk, as `PoolClient.prefetch` does."""
+        return await self.home.prefetch(hashes)
+
+    async def get(self, hashes: Sequence[bytes], parts: Sequence[BlockPart], places: Places) -> GetResult:
         """Copy the longest prefix that a node has; arguments and result as those of `PoolClient.get`.
 
         Args:

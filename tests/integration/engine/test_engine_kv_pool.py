@@ -202,15 +202,38 @@ def test_decode_takes_from_the_pool_what_a_dead_prefill_did_not_hand_over(
     assert both.target.is_empty()
 
 
+def test_a_request_given_up_while_decode_asks_the_pool_ends_once(
+    loaded: LoadedModel, prompts: list[list[int]], slow: SlowPool
+) -> None:
+    both = Pair(loaded, source={}, target={"pool": lambda _: slow})
+    both.target.submit("r", prompts[5], ticket=ticket("target", new_handoff_id()))
+    steps(both.target)
+    assert not slow.loads
+    both.target_node.fail("peer_gone")
+    steps(both.target)
+    assert (len(slow.loads), both.target.reports) == (1, [])
+    both.target.engine.abort("r")
+    assert not both.target.is_empty()
+    assert [(o.state, o.cause) for o in both.target.reports] == [(TerminalState.ABORTED, "peer_gone")]
+    slow.loads[0][2]._finish(Loaded(cause="cancelled"))
+    assert both.target.is_empty()
+    assert len(both.target.reports) == 1
+
+
 class SlowPool:
     """A pool whose loads and saves end when the test says so."""
 
     def __init__(self) -> None:
         self.loads: list[tuple[list[bytes], list[int], Pending[Loaded]]] = []
         self.saves: list[tuple[list[bytes], list[int], Pending[Saved]]] = []
+        self.prefetched: list[list[bytes]] = []
         self.cancelled = 0
         self.full = False
         self._loop = asyncio.new_event_loop()
+
+    def prefetch(self, hashes: Any) -> Pending[int]:
+        self.prefetched.append(list(hashes))
+        return Pending(self._loop)
 
     def load(self, hashes: Any, block_ids: Any) -> Pending[Loaded]:
         pending: Pending[Loaded] = Pending(self._loop)
@@ -302,3 +325,23 @@ def test_a_pool_that_takes_no_more_is_not_offered_what_follows(
     steps(driver)
     assert len(slow.saves) == 1
     assert driver.is_empty()
+
+
+def test_the_pool_hears_early_of_what_a_waiting_request_will_load(
+    loaded: LoadedModel, prompts: list[list[int]], slow: SlowPool
+) -> None:
+    driver = Driver(loaded, pool=lambda _: slow, num_blocks=24)
+    first, second = driver.submit("runs", prompts[5]), driver.submit("waits", prompts[5][::-1])
+    steps(driver)
+    assert driver.engine.snapshot.waiting == 1
+    assert len(slow.loads) == len(slow.prefetched) == 1
+    slow.loads[0][2]._finish(Loaded())
+    steps(driver)
+    assert first and not second
+    for _, _, save in slow.saves:
+        save._finish(Saved())
+    steps(driver)
+    assert slow.loads[1][0] == slow.prefetched[0] != slow.loads[0][0]
+    slow.loads[1][2]._finish(Loaded())
+    steps(driver)
+    assert second

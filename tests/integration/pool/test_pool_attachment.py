@@ -7,6 +7,7 @@ import contextlib
 import threading
 import time
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -36,12 +37,12 @@ MIXED = layout((0, 100, 2 * LAYER_BYTES), (1, 0, LAYER_BYTES), (0, 100 + LAYER_B
 class Rank:
     """One rank's KV memory, and its attachment."""
 
-    def __init__(self, address: str, made: KVLayout = APART, **settings: Any) -> None:
+    def __init__(self, address: str, made: KVLayout = APART, namespace: str = "tenant-a", **settings: Any) -> None:
         sizes = {0: 100 + NUM_LAYERS * NUM_BLOCKS * LAYER_BYTES, 1: NUM_BLOCKS * LAYER_BYTES}
         self.layout = made
         self.memory = {region: np.zeros(nbytes, dtype=np.uint8) for region, nbytes in sizes.items()}
         self.woken = threading.Event()
-        space = BlockSpace.of(FINGERPRINT, made, "tenant-a")
+        space = BlockSpace.of(FINGERPRINT, made, namespace)
         self.pool = PoolAttachment([address], space, made, self.memory, wake=self.woken.set, **settings)
 
     def block(self, block_id: int) -> np.ndarray:
@@ -134,11 +135,12 @@ async def test_blocks_of_another_layout_or_namespace_are_not_found() -> None:
     async with a_node() as node:
         here = Rank(node.address)
         other = Rank(node.address, layout(*[(0, 0, BLOCK)] * NUM_LAYERS, tp_size=2))
-        async with ranks(here, other):
+        tenant = Rank(node.address, namespace="tenant-b")
+        async with ranks(here, other, tenant):
             await result(here.save(range(3), [0, 1, 2]))
-            assert await result(other.pool.lookup(names(range(3)))) == 0
-            assert await result(here.pool.lookup(names(range(3)), namespace="tenant-b")) == 0
-            assert (await result(here.pool.load(names(range(3)), [4, 5, 6], namespace="tenant-b"))).num_blocks == 0
+            for rank in (other, tenant):
+                assert await result(rank.pool.lookup(names(range(3)))) == 0
+                assert (await result(rank.pool.load(names(range(3)), [4, 5, 6]))).num_blocks == 0
             assert await result(here.pool.lookup(names(range(3)))) == 3
 
 
@@ -229,6 +231,36 @@ async def test_bytes_that_were_corrupted_on_the_wire_are_a_miss() -> None:
                 assert all((far.block(i) == content(i)).all() for i in range(8))
         finally:
             await asyncio.to_thread(link.close)
+
+
+async def test_a_node_that_does_not_answer_costs_one_deadline_and_serves_again_later() -> None:
+    async with a_node() as node:
+        here = Rank(node.address, deadline_s=0.3)
+        async with ranks(here):
+            await result(here.save(range(2), [0, 1]))
+            answer, node._engine.on_message = node._engine.on_message, lambda peer, payload: None
+            assert (await result(here.pool.load(names(range(2)), [4, 5]))).cause == "transfer_timeout"
+            # From here on the node hears, but is left alone for a while.
+            node._engine.on_message = answer
+            refused = await result(here.pool.load(names(range(2)), [4, 5]))
+            assert (refused.num_blocks, refused.cause) == (0, "transport_error")
+
+            async def loads() -> bool:
+                return bool((await result(here.pool.load(names(range(2)), [4, 5]))).num_blocks == 2)
+
+            assert await eventually_async(loads)
+
+
+async def test_prefetch_brings_blocks_from_disk_before_they_are_loaded(tmp_path: Path) -> None:
+    disk = {"disk_path": str(tmp_path), "disk_bytes": 64 * BLOCK}
+    async with a_node(**disk) as node, ranks(here := Rank(node.address)):
+        await result(here.save(range(4), [0, 1, 2, 3]))
+    async with a_node(**disk) as node, ranks(here := Rank(node.address)):
+        assert await result(here.pool.prefetch(names(range(5)))) == 4
+        assert await eventually(lambda: node.counts["prefetched"] == 4)
+        loaded = await result(here.pool.load(names(range(4)), [4, 5, 6, 7]))
+        assert (loaded.num_blocks, loaded.tiers["host"], loaded.tiers["disk"]) == (4, 4, 0)
+        assert all((here.block(4 + i) == content(i)).all() for i in range(4))
 
 
 async def test_slabs_that_are_too_small_are_a_cause_and_no_crash() -> None:

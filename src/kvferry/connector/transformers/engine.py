@@ -107,6 +107,7 @@ class Engine:
         self._requests: dict[str, list[Sequence]] = {}
         self._siblings: dict[str, list[Sequence]] = {}
         self._answers: dict[Sequence, Answer] = {}
+        self._arrived: list[Sequence] = []
         self._draining: set[Sequence] = set()
         self._checked = False
         self._step = 0
@@ -203,6 +204,7 @@ class Engine:
         for sequence in self._scheduler.admit():
             self._totals["reused"] += sequence.num_cached
             self._begin(sequence)
+        self._expect_arrived()
         passes = self._scheduler.schedule()
         tokens, chunks = [w for w in passes if w.yields_token], [w for w in passes if not w.yields_token]
         for batch in _batched(tokens, self._runner.decode_rows):
@@ -223,6 +225,13 @@ class Engine:
             legs.begin(sequence)
         else:
             self._load_then(sequence, lambda: legs.begin(sequence))
+
+    def _expect_arrived(self) -> None:
+        """Tell the pool of the requests that came since the last step and must wait."""
+        arrived, self._arrived = self._arrived, []
+        for sequence in arrived:
+            if self._traffic and sequence.state is State.WAITING and not (self._legs and self._legs.brings(sequence)):
+                self._traffic.expect(sequence)
 
     def _load_then(self, sequence: Sequence, then: Callable[[], None]) -> None:
         if self._traffic:
@@ -299,6 +308,7 @@ class Engine:
         if rest:
             self._siblings[request.request_id] = rest
         self._totals["prompt"] += len(prompt)
+        self._arrived.append(first)
         if self._legs:
             self._legs.expect(first)
 

@@ -43,6 +43,7 @@ class Legs:
         self._fail = fail
         self._let_go = let_go
         self._recover = recover
+        self._recovering: dict[Sequence, Outcome] = {}
         self._report = report
         self._clock = clock
         self.holds = handoffs.holds
@@ -96,6 +97,9 @@ class Legs:
 
     def cancel(self, sequence: Sequence, reason: str) -> None:
         """A request is given up on this side."""
+        outcome = self._recovering.pop(sequence, None)
+        if outcome is not None:
+            self._report(msgspec.structs.replace(outcome, state=TerminalState.ABORTED))
         self._handoffs.cancel(sequence, reason, self._remaining_s(sequence))
 
     def follow(self) -> None:
@@ -177,8 +181,10 @@ class Legs:
             self._fail(sequence.request.request_id, error)
             return
         sequence.recomputing = True
+        self._recovering[sequence] = outcome
 
         def recompute() -> None:
+            del self._recovering[sequence]
             num_missing = sequence.num_prompt - sequence.num_computed
             self._settle(
                 sequence, msgspec.structs.replace(outcome, state=TerminalState.RECOMPUTED, tokens_computed=num_missing)

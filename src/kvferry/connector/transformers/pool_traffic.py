@@ -22,6 +22,7 @@ SAVE_BLOCKS = 32
 class PoolPort(Protocol):
     """What the engine needs of the pool's attachment. Thread-safe; no call blocks, nothing raises."""
 
+    def prefetch(self, hashes: Seq[bytes]) -> Pending[int]: ...
     def load(self, hashes: Seq[bytes], block_ids: Seq[int]) -> Pending[Loaded]: ...
     def save(self, hashes: Seq[bytes], block_ids: Seq[int], *, first: int = 0, length: int = 0) -> Pending[Saved]: ...
 
@@ -60,6 +61,12 @@ class PoolTraffic:
     def holds(self, sequence: Sequence) -> bool:
         """Whether the sequence's blocks must not be freed yet."""
         return sequence in self._loads
+
+    def expect(self, sequence: Sequence) -> None:
+        """The sequence waits for room here: what it will load can come from the pool's disk meanwhile."""
+        hashes = sequence.hashes[len(self._scheduler.pool.lookup(sequence.hashes)) :]
+        if hashes:
+            self._port.prefetch(hashes)
 
     def load(self, sequence: Sequence, then: Callable[[], None]) -> None:
         """Take from the pool what it has of the prompt's full blocks that are not here.
