@@ -80,6 +80,7 @@ class TransportConformance:
     its own. `one_sided`: the owner's process takes no part in a read, so that a stopped one does not hinder it.
     `over_network`: reaches other hosts. `many_blocks`: of 64 KiB, so many that reading them takes a while.
     `word_stands_s`: how long a busy owner leaves a lease's word as it is; a small read must often fit into that.
+    `num_connects`: how often peers come and go in the test of what they leave behind.
     """
 
     transports: ClassVar[tuple[str, ...]] = ()
@@ -90,6 +91,7 @@ class TransportConformance:
     over_network: ClassVar[bool] = False
     many_blocks: ClassVar[int] = 1600
     word_stands_s: ClassVar[float] = 0.002
+    num_connects: ClassVar[int] = 30
 
     # Fixtures
 
@@ -220,12 +222,12 @@ class TransportConformance:
         try:
             until_s = time.monotonic() + 8.0
             everything = case.blocks(shuffled(64, 1), shuffled(64, 2))
-            while time.monotonic() < until_s and (accepted < 10 or refused < 10):
+            while time.monotonic() < until_s and (accepted < 5 or refused < 5):
                 word = case.reader.engine.load_word_sync(case.peer, words, 0, deadline_s=5.0)
                 if word == 0:
                     continue
                 # Small reads are accepted often, large ones seldom: both must happen for the test to mean anything.
-                batch = everything if refused < 10 else case.blocks([0], [0])
+                batch = everything if refused < 5 else case.blocks([0], [0])
                 try:
                     case.reader.engine.read_sync(case.peer, batch, guard=Guard(words, 0, word), deadline_s=5.0)
                 except LeaseExpired:
@@ -487,7 +489,7 @@ class TransportConformance:
         region_id = owner.call("region", BLOCK, seed=7, shared=self.shared)
         with no_leaks():
             # A function of its own, so that its variables are gone when the check is made.
-            _come_and_go(self.transports, owner.address, region_id, times=30)
+            _come_and_go(self.transports, owner.address, region_id, times=self.num_connects)
         wait_until(lambda: owner.call("peers") == 0)
 
 

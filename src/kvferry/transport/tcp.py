@@ -12,7 +12,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, ClassVar, NamedTuple, NoReturn
 
 from kvferry.errors import (
@@ -226,7 +226,11 @@ class TcpLink(Link):
                 broken_off.failed.set()
                 raise
 
-        others = [self._pool.submit(on_stream) for _ in range(count - 1)]
+        others: list[Future[None]] = []
+        # The link may be closed at this moment: then this thread finds out, too. Or no thread can be had: then it works
+        # alone.
+        with contextlib.suppress(RuntimeError):
+            others.extend(self._pool.submit(on_stream) for _ in range(count - 1))
         failures: list[BaseException] = []
         for attempt in [on_stream, *(future.result for future in others)]:
             try:

@@ -174,6 +174,23 @@ def test_a_stalled_way_ends_at_the_deadline_and_recovers(owner: OwnerProcess, pr
         assert is_right(blocks)
 
 
+def test_a_link_that_is_closed_while_streams_are_handed_out_is_a_lost_peer(owner: OwnerProcess) -> None:
+    region_id = owner.call("region", BLOCKS * BLOCK, seed=7)
+    with EngineThread(("tcp",)) as reader:
+        peer = reader.connect(owner.address)
+        blocks = whole(reader, peer, region_id)
+        link: Any = peer.ways[0].link
+        for streams, rate in ((1, 1.0), (2, 9.0), (4, 1.0)):
+            link._count.learn(streams, rate)
+        link._pool.shutdown()
+        # Threads can't be had: one stream does it.
+        read(reader, peer, blocks)
+        assert is_right(blocks)
+        link.close()
+        with pytest.raises(PeerGone):
+            read(reader, peer, blocks)
+
+
 def test_a_slow_way_is_only_slow(owner: OwnerProcess, proxy: FaultyLink) -> None:
     region_id = owner.call("region", BLOCKS * BLOCK, seed=7)
     proxy.delay_s = 0.0002

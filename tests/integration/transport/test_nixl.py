@@ -30,6 +30,7 @@ class OverUcx(TransportConformance):
 
     transports = ("nixl",)
     many_blocks = 400
+    num_connects = 8
     ucx: ClassVar[dict[str, str]] = {}
 
     @pytest.fixture(autouse=True, scope="class")
