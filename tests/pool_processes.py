@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import shutil
 import signal
 import socket
@@ -89,6 +90,12 @@ class RedisServer:
             self.process.kill()
             self.process.wait()
             self.process = None
+
+
+def stop(process: subprocess.Popen[str]) -> None:
+    """SIGSTOP; returns when the process stands."""
+    process.send_signal(signal.SIGSTOP)
+    os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WNOWAIT)
 
 
 @contextlib.contextmanager

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import random
 import signal
 import subprocess
@@ -15,6 +14,7 @@ import pytest
 
 from kvferry.observe import LISTENING
 from kvferry.pool import BlockSpace, PoolClient, whole
+from pool_processes import stop
 
 BLOCK = 65536
 NUM_BLOCKS = 24
@@ -114,8 +114,7 @@ async def test_a_stopped_node_costs_a_deadline_and_comes_back(tmp_path: Path) ->
         region = client.allocate(BLOCK)
         region.buffer[:] = CONTENT[1]
         assert (await client.put([b"1"], whole(region, BLOCK), [0])).stored == 1
-        process.send_signal(signal.SIGSTOP)
-        os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WNOWAIT)
+        stop(process)
         began_s = asyncio.get_running_loop().time()
         result = await client.get([b"1"], whole(region, BLOCK), [0])
         assert (result.found, result.cause) == ([False], "transfer_timeout")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import random
 import signal
 import subprocess
@@ -18,7 +17,7 @@ import pytest
 from kvferry.errors import KVError
 from kvferry.pool import BlockSpace, PoolClient, PoolNodes
 from kvferry.pool.parts import whole
-from pool_processes import BLOCK, SPACE, NodeProcess, RedisServer, client_of, content, eventually, get, name, put
+from pool_processes import BLOCK, SPACE, NodeProcess, RedisServer, client_of, content, eventually, get, name, put, stop
 from pool_processes import redis_server as running_redis
 
 pytest.importorskip("redis")
@@ -72,9 +71,9 @@ class Engine:
 def pool_of(server: RedisServer, address: str, space: BlockSpace) -> tuple[PoolNodes, RedisDirectory]:
     directory = RedisDirectory(server.url, timeout_s=1.0)
     pool = PoolNodes(
-        [PoolClient(address, space, deadline_s=2.0)],
+        [PoolClient(address, space, deadline_s=5.0)],
         directory=directory,
-        connect=lambda there: PoolClient(there, space, transports=("tcp",), deadline_s=2.0),
+        connect=lambda there: PoolClient(there, space, transports=("tcp",), deadline_s=5.0),
     )
     return pool, directory
 
@@ -143,9 +142,13 @@ async def test_a_redis_that_is_stopped_costs_a_deadline_not_the_pool(server: Red
             assert (await pool.put([name(1)], whole(region, BLOCK), [0])).stored == 1
             assert server.process is not None
             server.process.send_signal(signal.SIGSTOP)
-            async with asyncio.timeout(20):
-                result = await pool.get([name(1), name(2)], whole(region, BLOCK), [0, BLOCK])
-            assert result.found == [True, False]
+
+            async def served() -> bool:
+                async with asyncio.timeout(30):
+                    result = await pool.get([name(1), name(2)], whole(region, BLOCK), [0, BLOCK])
+                return result.found == [True, False]
+
+            await eventually(served)
             server.process.send_signal(signal.SIGCONT)
         finally:
             await pool.close()
@@ -239,8 +242,7 @@ async def test_a_node_stopped_during_a_removal_forgets_when_it_goes_on(server: R
         async with client_of(one.address, deadline_s=10.0) as here, client_of(two.address, deadline_s=10.0) as there:
             for client in (here, there):
                 await put(client, [1, 2])
-            two.process.send_signal(signal.SIGSTOP)
-            os.waitid(os.P_PID, two.process.pid, os.WSTOPPED | os.WNOWAIT)  # noqa: ASYNC222
+            stop(two.process)
             try:
                 with pytest.raises(KVError, match="could not be told"):
                     await here.remove([name(1)])
