@@ -177,6 +177,9 @@ class PoolSchedulerHalf:
         self._ask(request, len(request.hashes) * self._block_size + 1)
 
     def _offer(self, item: Scheduled, request: PoolRequest, plan: StepPlan) -> None:
+        if request.answer is not None:
+            # Nobody asked for it, as with a handoff that came; it still says what need not be offered.
+            self._take_answer(request)
         if item.replaces:
             request.block_ids = list(item.block_ids)
             # Where a load failed, the pool lost what it had: it gets that again.

@@ -147,6 +147,12 @@ def test_what_the_pool_has_is_not_offered(half):
     assert half.step(new([7, 8, 9, 10], 32, 18)).pool_saves == [PoolSave("r", 2, 3, hashes_of(3)[2:], [9])]
 
 
+def test_what_the_pool_has_is_not_offered_either_after_a_handoff(half):
+    """A target's prompt comes over the handoff: nobody asks for the pool's answer, but it is there."""
+    half.add(50, found=2)
+    assert half.step(new([7, 8, 9, 10], 49, 1)).pool_saves == [PoolSave("r", 2, 3, hashes_of(3)[2:], [9])]
+
+
 def test_local_hits_that_the_pool_lacks_are_offered(half):
     half.add(50, found=0)
     assert half.book.num_new_matched_tokens("r", 32, 50) == 0
