@@ -124,7 +124,9 @@ class TcpLink(Link):
         self, context: TransportContext, address: tuple[str, int], *, peer: str, incarnation: Incarnation
     ) -> None:
         self._context, self._address, self._peer, self._expected = context, address, peer, incarnation
-        self._changed = threading.Condition()
+        self._lock = threading.Lock()
+        self._changed = threading.Condition(self._lock)
+        self._num_waiting = 0
         self._idle: list[DataStream] = []
         self._open: set[DataStream] = set()
         self._opening = 0
@@ -339,7 +341,7 @@ class TcpLink(Link):
 
     def take(self, limits: Limits) -> DataStream:
         """A stream that nobody uses, opened if need be. Raises: PeerGone, what `limits` raises."""
-        with self._changed:
+        with self._lock:
             while True:
                 if self._closed:
                     raise PeerGone("the link to the peer was closed", peer=self._peer)
@@ -349,7 +351,9 @@ class TcpLink(Link):
                     self._opening += 1
                     break
                 limits.check()
+                self._num_waiting += 1
                 self._changed.wait(0.05)
+                self._num_waiting -= 1
         try:
             stream = open_stream(
                 self._address,
@@ -375,10 +379,11 @@ class TcpLink(Link):
 
     def give(self, stream: DataStream) -> None:
         """Give a stream back for the next transfer."""
-        with self._changed:
+        with self._lock:
             if not self._closed:
                 self._idle.append(stream)
-                self._changed.notify()
+                if self._num_waiting:
+                    self._changed.notify()
                 return
         self.drop(stream)
 

@@ -55,7 +55,8 @@ class StreamServer:
 
     def __init__(self, context: TransportContext) -> None:
         self._context = context
-        self._changed = threading.Condition()
+        self._lock = threading.Lock()
+        self._changed = threading.Condition(self._lock)
         self._busy: dict[DataStream, set[int]] = {}
         self._sockets: set[socket.socket] = set()
         self._threads: set[threading.Thread] = set()
@@ -152,7 +153,7 @@ class StreamServer:
     def _copy_block(self, stream: DataStream, request: BlockRequest) -> bytes:
         """One small block behind its verdict, ready to be sent. Copied out here and now, so that the region need not be
         kept from being withdrawn while the bytes travel. Raises: RegistrationError."""
-        with self._changed:
+        with self._lock:
             regions = {request.region_id: self._require(request.region_id, request.token, False)}
             if request.guard is not None:
                 regions[request.guard[0]] = self._require(request.guard[0], request.guard[1], False)
