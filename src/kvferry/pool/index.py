@@ -98,15 +98,24 @@ class BlockIndex:
         changes, self._changes = self._changes, {}
         return changes
 
-    def root_of(self, entry: Entry) -> bytes:
-        """The hash of the first block of the block's prompt, or of the last one before a gap."""
-        entries, at = self._numbers[entry.key[0]].entries, entry
-        while at.place.parent is not None and at.place.parent[1] in entries:
-            parent = entries[at.place.parent[1]]
-            if parent.place.depth >= at.place.depth:
-                break
-            at = parent
-        return at.key[1]
+    def roots_of(self, entries: Sequence[Entry]) -> list[bytes]:
+        """For each block the hash of the first block of its prompt, or of the last one before a gap."""
+        roots: dict[Key, bytes] = {}
+        for entry in entries:
+            path: list[Key] = []
+            at: Entry | None = entry
+            root = entry.key[1]
+            while at is not None:
+                if at.key in roots:
+                    root = roots[at.key]
+                    break
+                path.append(at.key)
+                root, parent = at.key[1], at.place.parent
+                before = None if parent is None else self._numbers[parent[0]].entries.get(parent[1])
+                # Places are told by clients: depths that do not fall would lead in a circle.
+                at = before if before is not None and before.place.depth < at.place.depth else None
+            roots.update(dict.fromkeys(path, root))
+        return [roots[entry.key] for entry in entries]
 
     # Putting
 
@@ -247,14 +256,6 @@ class BlockIndex:
             entry.pins -= 1
             self.release(entry)
         return len(found)
-
-    def remove(self, space: BlockSpace, hashes: Sequence[bytes]) -> int:
-        """Remove blocks of a node that shares nothing with others."""
-        return len(self.apply_removal(space, hashes))
-
-    def clear(self, space: BlockSpace) -> int:
-        """Remove all blocks of a space; puts that began before are dropped when they commit."""
-        return len(self.apply_removal(space, None))
 
     def apply_removal(
         self,

@@ -125,9 +125,10 @@ class Replicas:
         live, described = set(await self._cluster.neighbours.addresses()), list[BlockHeat[Entry]]()
         for space, some in by_space.items():
             holders = await self._cluster.directory.lookup(space, [entry.key[1] for entry, _ in some])
-            for (entry, heat), nodes in zip(some, holders, strict=True):
+            roots = self._index.roots_of([entry for entry, _ in some])
+            for (entry, heat), nodes, root in zip(some, holders, roots, strict=True):
                 others = tuple(node for node in nodes if node in live)
-                described.append(BlockHeat(entry, heat, entry.place.depth, self._index.root_of(entry), others))
+                described.append(BlockHeat(entry, heat, entry.place.depth, root, others))
         return described
 
     async def offer_all(self, address: str, entries: Sequence[Entry]) -> Offered:

@@ -100,7 +100,7 @@ class World:
         self.clock.advance(5.0)
         self.leases.expire()
         for space in SPACES:
-            self.index.clear(space)
+            self.index.apply_removal(space, None)
         self.index.check_integrity()
         assert self.arena.num_free == NUM_SLABS, f"{NUM_SLABS - self.arena.num_free} slabs are lost"
 
@@ -171,9 +171,9 @@ class World:
     def remove(self) -> None:
         space = self.rng.choice(SPACES)
         if self.rng.random() < 0.2:
-            self.index.clear(space)
+            self.index.apply_removal(space, None)
         else:
-            self.index.remove(space, [bytes([self.rng.randrange(NUM_KEYS)])])
+            self.index.apply_removal(space, [bytes([self.rng.randrange(NUM_KEYS)])])
 
     def pass_time(self) -> None:
         self.clock.advance(self.rng.random())

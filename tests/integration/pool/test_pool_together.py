@@ -176,7 +176,7 @@ async def test_hot_blocks_get_a_copy_which_serves_when_their_node_is_gone(
         # A copy knows where it stands in its prompt.
         (entry,) = two._index.find(SPACE, [name(2)])
         assert entry is not None
-        assert (entry.place.depth, entry.replica, two._index.root_of(entry)) == (1, True, name(1))
+        assert (entry.place.depth, entry.replica, two._index.roots_of([entry])) == (1, True, [name(1)])
 
 
 async def test_no_copy_is_taken_across_a_removal_or_with_other_bytes(directories: Views) -> None:

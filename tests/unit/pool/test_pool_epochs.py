@@ -99,7 +99,7 @@ def test_a_copy_in_flight_is_dropped_by_any_removal_and_a_put_by_its_own() -> No
     assert index.commit_put(copy, [1]) == []
     assert len(index.commit_put(mine, [1])) == 1
     cleared = index.begin_put(SPACE, [b"3"], 4096, first=0, length=1)
-    index.clear(SPACE)
+    index.apply_removal(SPACE, None)
     assert index.commit_put(cleared, [1]) == []
     assert held(index) == []
     index.check_integrity()
@@ -110,7 +110,7 @@ def test_a_copy_keeps_its_place_in_its_prompt_and_is_counted_while_it_is_there()
     put(index, b"root")
     copy = index.begin_put(SPACE, [b"leaf"], 4096, first=0, length=0, replicas=[Place(1, 2, b"root")])
     (entry,) = index.commit_put(copy, [1])
-    assert (index.num_replicas, index.root_of(entry)) == (1, b"root")
+    assert (index.num_replicas, index.roots_of([entry])) == (1, [b"root"])
     put(index, b"a", b"b", b"c", b"d")
     assert (index.num_replicas, held(index)) == (0, [b"a", b"b", b"c", b"d"])
     index.check_integrity()

@@ -9,7 +9,8 @@ import pytest
 
 from kvferry.errors import InvalidTransition, RegistrationError
 from kvferry.pool.arena import Arena, arena_bytes
-from kvferry.pool.index import BlockIndex, Entry
+from kvferry.pool.entries import Entry
+from kvferry.pool.index import BlockIndex
 from kvferry.pool.keys import BlockSpace, Tier
 from kvferry.transport.base import Region
 from kvferry.transport.memory import SharedBuffer
@@ -59,7 +60,7 @@ def test_equal_hashes_of_two_tenants_do_not_meet() -> None:
     put(index, SPACE, names(1))
     assert index.tiers(OTHER, names(1)) == [None]
     assert index.find(OTHER, names(1)) == [None]
-    assert index.remove(OTHER, names(1)) == 0
+    assert index.apply_removal(OTHER, names(1)) == []
     assert index.tiers(SPACE, names(1)) == [Tier.HOST]
 
 
@@ -85,7 +86,7 @@ def test_a_removed_block_keeps_its_slab_until_its_reader_is_done() -> None:
     index = make_index(1)
     (entry,) = put(index, SPACE, names(1))
     index.hold(entry)
-    assert index.remove(SPACE, names(1)) == 1
+    assert len(index.apply_removal(SPACE, names(1))) == 1
     assert index.tiers(SPACE, names(1)) == [None]
     assert index.begin_put(SPACE, names(2), SLAB, first=0, length=1).refused == 1
     index.check_integrity()
@@ -98,7 +99,7 @@ def test_a_removed_block_keeps_its_slab_until_its_reader_is_done() -> None:
 def test_a_put_that_was_overtaken_is_dropped(end: str) -> None:
     index = make_index()
     begun = index.begin_put(SPACE, names(1), SLAB, first=0, length=1)
-    index.remove(SPACE, names(1)) if end == "remove" else index.clear(SPACE)
+    index.apply_removal(SPACE, names(1) if end == "remove" else None)
     assert index.commit_put(begun, [1]) == []
     assert index.tiers(SPACE, names(1)) == [None]
     index.check_integrity()
@@ -179,7 +180,7 @@ def test_books_add_up_whatever_happens(eviction: str) -> None:
 
     def remove() -> None:
         space = rng.choice([SPACE, OTHER])
-        index.clear(space) if rng.random() < 0.1 else index.remove(space, names(rng.randrange(24)))
+        index.apply_removal(space, None if rng.random() < 0.1 else names(rng.randrange(24)))
         index.take_freed_slots()
 
     def to_disk() -> None:
@@ -206,3 +207,16 @@ def test_books_add_up_whatever_happens(eviction: str) -> None:
         rng.choice(steps)()
         index.check_integrity()
     assert index.evictions > 20
+
+
+def test_the_root_of_a_prompt_is_found_along_its_chain_and_never_in_a_circle() -> None:
+    index = make_index(num_slabs=8)
+    chain = put(index, SPACE, names(*range(6)))
+    assert index.roots_of(chain) == names(0) * 6
+    index.apply_removal(SPACE, names(2))
+    left = [entry for entry in chain if not entry.removed]
+    assert index.roots_of(left) == [*names(0, 0), *names(3) * 3]
+    # A client told places that lead in a circle.
+    for entry, parent in ((left[0], left[1]), (left[1], left[0])):
+        entry.place = entry.place._replace(depth=1, parent=parent.key)
+    assert index.roots_of(left[:2]) == names(0, 1)
