@@ -14,7 +14,7 @@ from kvferry.observe import get_log
 from kvferry.policy.replication import BlockHeat, leave_first
 from kvferry.pool.entries import Entry
 from kvferry.pool.index import BlockIndex
-from kvferry.pool.removal import Cluster
+from kvferry.pool.neighbours import Cluster
 from kvferry.pool.replicas import Replicas, assign
 
 STEP_BLOCKS = 512

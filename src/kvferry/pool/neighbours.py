@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import itertools
 import time
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import msgspec
 
 from kvferry.errors import KVError, PoolError, TransferTimeout
 from kvferry.pool.directory import Directory
 from kvferry.pool.messages import Failed, Message
+from kvferry.pool.reporter import Reporter
 from kvferry.transfer import Peer, TransferEngine
 
 R = TypeVar("R", bound=Message)
@@ -82,3 +83,11 @@ class Neighbours:
                 reply.set_exception(reason)
         if self._peers.get(peer.address) is peer:
             del self._peers[peer.address]
+
+
+class Cluster(NamedTuple):
+    """How a node reaches the others: none of it exists for a node without a directory."""
+
+    directory: Directory
+    neighbours: Neighbours
+    reporter: Reporter

@@ -16,18 +16,16 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import msgspec
-import numpy as np
 
 from kvferry.clock import Clock, RealClock
-from kvferry.errors import KVError, PoolError, RegistrationError
-from kvferry.layout import Offsets
+from kvferry.errors import KVError, PoolError
 from kvferry.observe import get_log
 from kvferry.pool.arena import Arena, arena_bytes
 from kvferry.pool.directory import Directory
 from kvferry.pool.disk import DiskTier, pages
 from kvferry.pool.disk_queue import DiskQueue
 from kvferry.pool.draining import Drain
-from kvferry.pool.entries import Entry, Put
+from kvferry.pool.entries import Entry
 from kvferry.pool.figures import Figures
 from kvferry.pool.gets import Gets
 from kvferry.pool.index import BlockIndex
@@ -59,19 +57,17 @@ from kvferry.pool.messages import (
     Unpin,
 )
 from kvferry.pool.messages import Drain as DrainRequest
-from kvferry.pool.neighbours import Neighbours
+from kvferry.pool.neighbours import Cluster, Neighbours
 from kvferry.pool.node_messages import Forget, NodeRequest, Offer, Taken
-from kvferry.pool.parts import block_bytes, require_inside
 from kvferry.pool.pinning import pin_for_cuda
 from kvferry.pool.pins import Pins
-from kvferry.pool.pulling import pull_blocks
-from kvferry.pool.removal import Cluster, Removals
+from kvferry.pool.puts import Puts
+from kvferry.pool.removal import Removals
 from kvferry.pool.replicas import Replicas
 from kvferry.pool.reporter import Reporter
 from kvferry.pool.settings import PoolSettings
 from kvferry.pool.standing import Standing
 from kvferry.transfer import Peer, TransferEngine, TransferSettings
-from kvferry.transport.base import Guard
 from kvferry.transport.huge import collapse
 
 MAX_REQUESTS_A_PEER = 256
@@ -152,6 +148,15 @@ class PoolNode:
             )
             self._drain = Drain(self._index, self._replicas, self._cluster)
         self._pins = Pins(self._index)
+        self._puts = Puts(
+            self._engine,
+            self._index,
+            self._threads,
+            self.figures,
+            free_slots=self._free_slots,
+            stored=self._write_behind,
+            deadline_s=self.settings.pull_deadline_s,
+        )
         self._gets = Gets(self._index, self._leases, self._disk, self.figures, self._used)
         self._standing = Standing(
             self._index,
@@ -322,7 +327,7 @@ class PoolNode:
         if self.state != "serving":
             self.counts["put_refused_draining"] += len(request.hashes)
             return PutDone(request.id, 0, 0, len(request.hashes))
-        return await self._put(peer, request)
+        return await self._puts.serve(peer, request)
 
     async def _take(self, peer: Peer, offer: Offer) -> Taken:
         if self._replicas is None:
@@ -340,52 +345,6 @@ class PoolNode:
         except KVError as error:
             reply = Failed(request_id, error.cause, error.message)
         _send(peer, reply)
-
-    async def _put(self, peer: Peer, request: PutBlocks) -> PutDone:
-        if len(request.places) != len(request.hashes):
-            raise RegistrationError(f"{len(request.hashes)} hashes and {len(request.places)} places; one for each")
-        require_inside(request.parts, _int64(request.places), peer.regions)
-        began_s = time.monotonic()
-        index, nbytes = self._index, block_bytes(request.parts)
-        put = index.begin_put(request.space, request.hashes, nbytes, first=request.first, length=request.length)
-        self._free_slots()
-        stored: list[Entry] = []
-        if put.blocks:
-            try:
-                digests = await self._pull(peer, request, put)
-            except BaseException:
-                index.abort_put(put)
-                raise
-            stored = index.commit_put(put, digests)
-            self._free_slots()
-        self.figures.put(
-            request.space.namespace,
-            stored=len(stored),
-            duplicates=put.duplicates,
-            refused=put.refused,
-            nbytes=len(stored) * put.nbytes,
-            seconds=time.monotonic() - began_s,
-        )
-        self._write_behind(stored)
-        return PutDone(request.id, len(stored), put.duplicates, put.refused)
-
-    async def _pull(self, peer: Peer, request: PutBlocks, put: Put) -> list[int]:
-        """Copy the blocks from the client's memory into their slabs; returns their digests."""
-        places = _int64([request.places[block.index] for block in put.blocks])
-        slabs = [block.slab for block in put.blocks]
-        guard = Guard(request.words_region, request.word_offset, request.word)
-        work = functools.partial(
-            pull_blocks,
-            self._engine,
-            peer,
-            self._arena,
-            parts=request.parts,
-            places=places,
-            slabs=slabs,
-            guard=guard,
-            deadline_s=self.settings.pull_deadline_s,
-        )
-        return await asyncio.get_running_loop().run_in_executor(self._threads, work)
 
     # Ends
 
@@ -428,10 +387,6 @@ class PoolNode:
     def _free_slots(self) -> None:
         if self._disk is not None:
             self._disk.free_slots()
-
-
-def _int64(values: list[int]) -> Offsets:
-    return np.asarray(values, dtype=np.int64)
 
 
 def _require_there(peer: Peer) -> None:

@@ -8,31 +8,20 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
-from typing import NamedTuple
 
 from kvferry.errors import KVError, PoolError, TransportError
 from kvferry.observe import get_log
-from kvferry.pool.directory import Directory
 from kvferry.pool.epochs import FIRST, Epoch, new_epoch
 from kvferry.pool.index import BlockIndex
 from kvferry.pool.keys import BlockSpace
 from kvferry.pool.messages import Counted
-from kvferry.pool.neighbours import Neighbours
+from kvferry.pool.neighbours import Cluster
 from kvferry.pool.node_messages import Forget
-from kvferry.pool.reporter import Reporter
 
 TRIES = 8
 TELL_S = 2.0
 TOLD_WITHIN_S = 0.4
 _log = get_log(__name__)
-
-
-class Cluster(NamedTuple):
-    """How a node reaches the others: none of it exists for a node without a directory."""
-
-    directory: Directory
-    neighbours: Neighbours
-    reporter: Reporter
 
 
 class Removals:

@@ -27,8 +27,8 @@ from kvferry.pool.epochs import Epoch
 from kvferry.pool.index import BlockIndex
 from kvferry.pool.keys import BlockSpace
 from kvferry.pool.leases import Leases
+from kvferry.pool.neighbours import Cluster
 from kvferry.pool.node_messages import Offer, OfferedBlock, Taken
-from kvferry.pool.removal import Cluster
 from kvferry.transfer import Peer, TransferEngine
 from kvferry.transport.base import BlockList, Guard, RemoteRegion
 

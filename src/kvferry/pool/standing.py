@@ -11,7 +11,7 @@ from kvferry.pool.index import BlockIndex
 from kvferry.pool.keys import Tier
 from kvferry.pool.leases import Leases
 from kvferry.pool.messages import AskStat, BlockStat, NodeStat, SpaceStat
-from kvferry.pool.removal import Cluster
+from kvferry.pool.neighbours import Cluster
 
 ASK_S = 2.0
 
