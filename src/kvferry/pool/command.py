@@ -191,7 +191,7 @@ async def _drain(args: argparse.Namespace, deadline_s: float) -> DrainState:
     try:
         state = await client.drain(deadline_s)
         while not state.ended and loop.time() < give_up_s:
-            if state.copied != told and not args.json:
+            if state.hot and state.copied != told and not args.json:
                 _print(drain_text(state))
                 told = state.copied
             await asyncio.sleep(0.2)
