@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import select
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import Executor, Future
 
 import numpy as np
 
@@ -24,6 +26,11 @@ SLICE_BYTES = 64 << 20
 
 STREAMING_FROM_BYTES = 4 << 20
 """Batches from this size on bypass the caches: the reader's L2 could not hold them anyway."""
+
+SHARED_FROM_BYTES = 64 << 20
+SHARED_SLICE_BYTES = 32 << 20
+"""Copies from here on are shared by two threads, which take slices of this size: one core alone can't use all of a
+machine's memory bandwidth, and what a slower one has left the other one takes."""
 
 SMALL_BYTES = 64 << 10
 """Up to here a single block has ways of its own, which save microseconds around the copy."""
@@ -115,18 +122,38 @@ def copy_blocks(
         memmove(to, origin, nbytes)
 
 
-def copy_list(part: BlockList, target: int, source: int, limits: Limits, total_bytes: int) -> None:
+def copy_list(
+    part: BlockList, target: int, source: int, limits: Limits, total_bytes: int, helper: Executor | None = None
+) -> None:
     """Copy one block list, looking at the limits between slices.
 
+    Args:
+        helper: one more thread that takes slices of a large copy, as long as there are any.
     Raises: HandoffAborted, TransferTimeout. After failure some blocks are copied, some are not; none will be.
     """
     if len(part.source_offsets) == 1 and part.nbytes <= STREAMING_FROM_BYTES:
         ctypes.memmove(target + int(part.target_offsets[0]), source + int(part.source_offsets[0]), part.nbytes)
         return
     streaming = total_bytes >= STREAMING_FROM_BYTES
-    for piece in slices([part], SLICE_BYTES):
-        limits.check()
-        copy_blocks(target, source, piece.target_offsets, piece.source_offsets, piece.nbytes, streaming)
+    shared = helper is not None and _copy is not None and part.total_bytes >= SHARED_FROM_BYTES
+    # Taken from a list's iterator, which threads may share.
+    left = iter(list(slices([part], SHARED_SLICE_BYTES if shared else SLICE_BYTES)))
+
+    def copy_what_is_left() -> None:
+        for piece in left:
+            limits.check()
+            copy_blocks(target, source, piece.target_offsets, piece.source_offsets, piece.nbytes, streaming)
+
+    helping: Future[None] | None = None
+    if shared and helper is not None:
+        with contextlib.suppress(RuntimeError):  # The link is being closed, or no thread can be had.
+            helping = helper.submit(copy_what_is_left)
+    try:
+        copy_what_is_left()
+    finally:
+        # Begun, it may be in the middle of a slice; else it has nothing to do any more.
+        if helping is not None and not helping.cancel():
+            helping.result()
 
 
 def copy_checked(target: int, source: int, nbytes: int, pidfd: int, *words: int) -> int:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Mapping as Dict
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -125,6 +126,8 @@ class ShmLink(Link):
         self._handles: dict[tuple[int, str], ShmHandle] = {}
         self._places: dict[str, _Place] = {}
         self._closed = False
+        # Its thread starts with the first large copy.
+        self._helper = ThreadPoolExecutor(max_workers=1, thread_name_prefix="kvferry-shm-copy")
         try:
             self._beacon = self._map_file(int(offer["fd"]), None, writable=False, least=BEACON_BYTES)
             self._words = self._beacon.address
@@ -239,6 +242,7 @@ class ShmLink(Link):
             self._mappings.clear()
             self._places.clear()
             os.close(self.pidfd)
+        self._helper.shutdown(wait=True)
 
     def _copy(self, blocks: list[BlockList], stop: StopToken, deadline_s: float, *, writing: bool) -> None:
         limits = Limits(stop, deadline_s, self._peer)
@@ -254,9 +258,9 @@ class ShmLink(Link):
             if base is None:
                 self._copy_across(part, local, remote, limits, writing=writing)
             elif writing:
-                copy_list(part, base, local.address, limits, total)
+                copy_list(part, base, local.address, limits, total, self._helper)
             else:
-                copy_list(part, local.address, base, limits, total)
+                copy_list(part, local.address, base, limits, total, self._helper)
         # Alive after the copy: so the process was the peer all the while, not a later one with its number.
         self._require_alive()
         for part in blocks:

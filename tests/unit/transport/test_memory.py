@@ -7,6 +7,9 @@ import os
 import socket
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
+from concurrent.futures import Executor, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -195,6 +198,57 @@ def test_a_copy_looks_at_its_limits() -> None:
         copy_list(part, target.ctypes.data, source.ctypes.data, Limits(stop, 1.0, "peer"), 64)
     with pytest.raises(TransferTimeout):
         copy_list(part, target.ctypes.data, source.ctypes.data, Limits(StopToken(), -1.0, "peer"), 64)
+    assert not target.any()
+
+
+class InTurn(Executor):
+    """Lets the helper run before the caller goes on, so that it does all the work."""
+
+    def __init__(self) -> None:
+        self.thread = ThreadPoolExecutor(max_workers=1)
+
+    def submit(self, fn: Any, /, *args: Any, **kwargs: Any) -> Future[Any]:
+        future = self.thread.submit(fn, *args, **kwargs)
+        wait([future], 10)
+        return future
+
+
+@pytest.fixture
+def helpers(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Executor]]:
+    """One that is quicker than its caller, one that never comes to it, one that was shut down."""
+    if copying._copy is None:
+        pytest.skip("built without a C compiler")
+    monkeypatch.setattr(copying, "SHARED_FROM_BYTES", 4096)
+    monkeypatch.setattr(copying, "SHARED_SLICE_BYTES", 1024)
+    quick, busy, gone = InTurn(), ThreadPoolExecutor(max_workers=1), ThreadPoolExecutor(max_workers=1)
+    gone.shutdown()
+    release = threading.Event()
+    busy.submit(release.wait, 30)
+    yield [quick, busy, gone]
+    release.set()
+    quick.thread.shutdown()
+    busy.shutdown()
+
+
+def test_a_large_copy_is_shared_with_whoever_has_time(helpers: list[Executor]) -> None:
+    source = np.random.default_rng(5).integers(0, 255, 64 * 256, dtype=np.uint8)
+    order = np.random.default_rng(6).permutation(64) * 256
+    for helper in helpers:
+        target = np.zeros_like(source)
+        part = BlockList(RemoteRegion(1, source.nbytes, "0"), region_of(target), order, order, 256)
+        copy_list(part, target.ctypes.data, source.ctypes.data, Limits(StopToken(), 9.0, "peer"), 16384, helper)
+        assert np.array_equal(target, source)
+
+
+def test_a_stop_ends_a_shared_copy_on_both_threads(helpers: list[Executor]) -> None:
+    stop = StopToken()
+    stop.set()
+    source, target = np.ones(8192, dtype=np.uint8), np.zeros(8192, dtype=np.uint8)
+    order = np.arange(32) * 256
+    part = BlockList(RemoteRegion(1, 8192, "0"), region_of(target), order, order, 256)
+    for helper in helpers:
+        with pytest.raises(HandoffAborted):
+            copy_list(part, target.ctypes.data, source.ctypes.data, Limits(stop, 9.0, "peer"), 8192, helper)
     assert not target.any()
 
 
