@@ -23,6 +23,8 @@ MIN_REQUESTS_SHOWN = 3
 NUM_HANDOFFS_SHOWN = 8
 SILENT_WARN_S = 2.0
 LATE_HANDOFF_S = 2.0
+DOCTORS_OWN = "kvferry-doctor-"
+"""Names of the stand-ins that `kvferry doctor --probe` registers; some of its requests are meant to fail."""
 _COLOURS = {
     TerminalState.DELIVERED: "green",
     TerminalState.RECOMPUTED: "yellow",
@@ -154,7 +156,8 @@ def _requests(requests: Requests, room: int) -> Table:
     for request in open_ones:
         pair = _pair(request.prefill, request.decode)
         table.add_row(escape(request.request[:20]), pair, f"[cyan]{request.stage}[/] {request.age_s:.1f} s", *[""] * 7)
-    ended = requests.recent[-(room - len(open_ones)) :] if room > len(open_ones) else []
+    recent = [r for r in requests.recent if not (r.decode or "").startswith(DOCTORS_OWN)]
+    ended = recent[-(room - len(open_ones)) :] if room > len(open_ones) else []
     for record in reversed(ended):
         table.add_row(
             escape(record.request[:20]),

@@ -13,6 +13,8 @@ import psutil
 from kvferry.doctor.facts import Gpu, Host, Listener, Process
 
 _NUM_NVLINKS = 18
+_HOLDING = (psutil.CONN_ESTABLISHED, psutil.CONN_SYN_SENT)
+"""States of a connection in which nobody may listen on its port; one that is being closed is in nobody's way."""
 
 
 def look_at(process: psutil.Process) -> Process:
@@ -181,7 +183,7 @@ def _connections() -> tuple[tuple[Listener, ...], frozenset[int]]:
             continue
         if c.status == psutil.CONN_LISTEN:
             listeners.append(Listener(c.laddr.ip, c.laddr.port, c.pid, owner_name(c.pid), _is_engine(c.pid)))
-        else:
+        elif c.status in _HOLDING:
             outgoing.add(c.laddr.port)
     ports = {entry.port for entry in listeners}
     return tuple(listeners), frozenset(outgoing - ports)

@@ -6,7 +6,7 @@ import socket
 import subprocess
 
 from catalogue.bench import MODEL, Bench, Spec, in_mount_namespace, mooncake, nixl, old_mooncake, own_address, run
-from catalogue.table import fault
+from catalogue.table import fault, healthy
 from kvferry.doctor import Finding
 
 
@@ -114,6 +114,17 @@ def an_outgoing_connection_holds_the_port(bench: Bench) -> list[Finding]:
     client.connect(server.getsockname())
     accepted, _ = server.accept()
     bench.undo.append(accepted.close)
+    return run(bench, p, d)
+
+
+@healthy
+def a_port_whose_last_connection_is_being_closed(bench: Bench) -> list[Finding]:
+    p, d = nixl(bench)
+    p.listens.pop()
+    place = ("127.0.0.1", int(p.env["VLLM_NIXL_SIDE_CHANNEL_PORT"]))
+    with socket.create_server(place) as listener, socket.create_connection(place) as client:
+        listener.accept()[0].close()  # Who closes first keeps the port in TIME_WAIT.
+        client.recv(1)
     return run(bench, p, d)
 
 

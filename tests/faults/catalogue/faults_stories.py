@@ -53,7 +53,9 @@ def story_of_two_ports_side_by_side(bench: Bench) -> list[Finding]:
 
 
 @fault(
-    "KVF010", "1P1D in one container, decode's handshake listener is dead (vLLM issue 20965)", also=("KVF212", "KVF200")
+    "KVF010",
+    "1P1D in one container, decode's handshake listener is dead (vLLM issue 20965)",
+    also=("KVF212", "KVF200", "KVF071"),
 )
 def story_of_the_default_side_channel(bench: Bench) -> list[Finding]:
     model = "/models/Meta-Llama-3.1-8B-Instruct"

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import random
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -27,12 +30,24 @@ def doctor(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
+def free_ports(count: int) -> list[int]:
+    """Ports below the ephemeral range that nobody holds."""
+    found: list[int] = []
+    while len(found) < count:
+        port = random.randrange(12000, 18000)
+        with socket.socket() as s, contextlib.suppress(OSError):
+            s.bind(("127.0.0.1", port))
+            found += [port] if port not in found else []
+    return found
+
+
 @pytest.fixture
 def sides(tmp_path: Path) -> Path:
+    ports = free_ports(4)
     for i, name in enumerate(("p", "d")):
         text = (
-            f"CUDA_VISIBLE_DEVICES={i}\nVLLM_NIXL_SIDE_CHANNEL_PORT={22600 + i}\n"
-            f"COMMAND=vllm serve m --port {22100 + i} --kv-transfer-config '{P2P}'\n"
+            f"CUDA_VISIBLE_DEVICES={i}\nVLLM_NIXL_SIDE_CHANNEL_PORT={ports[i]}\n"
+            f"COMMAND=vllm serve m --port {ports[2 + i]} --kv-transfer-config '{P2P}'\n"
         )
         (tmp_path / f"{name}.env").write_text(text)
     return tmp_path

@@ -59,6 +59,12 @@ def test_open_handoffs_show_both_sides_and_how_far_they_are():
     assert lines.index(both) < lines.index(lone)
 
 
+def test_the_doctors_own_requests_are_not_shown():
+    own = EndedRequest("r-probe", TerminalState.FAILED, decode="kvferry-doctor-1f-decode")
+    text = drawn(Picture("http://r", [instance("decode-0")], Requests([], [ENDED, own])))
+    assert "r-recomputed" in text and "r-probe" not in text
+
+
 def test_trouble_is_shown():
     text = drawn(
         Picture(

@@ -147,6 +147,15 @@ def test_handoffs_that_did_not_deliver_are_grouped_and_explained() -> None:
     assert "start prefill-0 again" in finding.fix
 
 
+def test_the_stage_tells_whose_fault_a_deadline_is() -> None:
+    late = ended("recomputed", "deadline_exceeded")
+    (waiting,) = said(handoffs=[], recent=[late])
+    assert "prefill-0 queues or computes for longer" in waiting.seen
+    (reserving,) = said(handoffs=[], recent=[{**late, "stage": "reserving"}])
+    assert "decode-0 had no room for it" in reserving.seen
+    assert "more KV blocks on decode-0" in reserving.fix
+
+
 def test_most_of_them_recomputed_is_one_finding_of_its_own_and_failures_are_errors() -> None:
     (mostly,) = said(handoffs=[], recent=[ended("recomputed", "source_silent")] * 5)
     assert mostly.id == "KVF111"

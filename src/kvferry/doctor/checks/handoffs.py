@@ -35,6 +35,10 @@ _MEANINGS = {
         "the KV was not complete before the handoff's deadline: {prefill} queues or computes for longer than that",
         "more prefill instances, or a longer handoff.deadline_s",
     ),
+    "reserving/deadline_exceeded": (
+        "{decode} had no room for it before the handoff's deadline: its KV cache was full",
+        "more KV blocks on {decode}, fewer requests at once, or another decode instance",
+    ),
     "lease_expired": (
         "{prefill} gave the blocks to another request before {decode} had read them",
         "more KV blocks on {prefill}, or fewer requests at once",
@@ -236,7 +240,7 @@ def _ended(state: dict[str, Any]) -> Iterator[Finding]:
             continue  # The client's own error.
         if kind == "recomputed" and mostly:
             continue
-        meaning, mend = _meaning(cause, last)
+        meaning, mend = _meaning(stage, cause, last)
         yield found(
             "KVF110" if kind == "failed" else "KVF115",
             f"{len(requests)} of the last {len(ended)} requests {'failed' if kind == 'failed' else 'were recomputed'}: "
@@ -248,7 +252,8 @@ def _ended(state: dict[str, Any]) -> Iterator[Finding]:
         )
     if mostly:
         causes = [
-            f"{len(v)} x {stage}/{cause} ({_pair(v[-1])})" + (f", {m}" if (m := _meaning(cause, v[-1])[0]) else "")
+            f"{len(v)} x {stage}/{cause} ({_pair(v[-1])})"
+            + (f", {m}" if (m := _meaning(stage, cause, v[-1])[0]) else "")
             for (kind, stage, cause), v in groups.items()
             if kind == "recomputed"
         ]
@@ -259,8 +264,8 @@ def _pair(record: dict[str, Any]) -> str:
     return f"{record.get('prefill') or '?'} to {record.get('decode') or '?'}"
 
 
-def _meaning(cause: str, record: dict[str, Any]) -> tuple[str, str]:
-    """What a cause says of the pair, and what to do; empty for causes that speak for themselves."""
+def _meaning(stage: str, cause: str, record: dict[str, Any]) -> tuple[str, str]:
+    """What a stage and a cause say of the pair, and what to do; empty for causes that speak for themselves."""
     names = {"prefill": record.get("prefill") or "prefill", "decode": record.get("decode") or "decode"}
-    meaning, mend = _MEANINGS.get(cause, ("", ""))
+    meaning, mend = _MEANINGS.get(f"{stage}/{cause}") or _MEANINGS.get(cause, ("", ""))
     return meaning.format(**names), mend.format(**names)
