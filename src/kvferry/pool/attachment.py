@@ -116,6 +116,7 @@ class PoolAttachment:
         self._tiers: Counter[str] = Counter()
         self._failures: Counter[str] = Counter()
         self._seconds = {"load": 0.0, "save": 0.0}
+        self._last_said = ""
         self._tasks: set[asyncio.Task[Any]] = set()
         self._loads = 0
         self._no_loads = asyncio.Event()
@@ -311,8 +312,9 @@ class PoolAttachment:
             cause = "internal_error"
             _log.error("the pool's attachment failed; a miss", exc_info=error)
         self._count(cause)
-        if isinstance(error, KVError):
-            _log.warning("the pool was asked for what cannot be", cause=cause, error=str(error))
+        if isinstance(error, KVError) and error.message != self._last_said:
+            self._last_said = error.message
+            _log.warning("the pool cannot serve this", cause=cause, error=str(error))
         return cause
 
     def _add(self, **counts: int) -> None:

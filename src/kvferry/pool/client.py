@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, TypeVar
 import msgspec
 import numpy as np
 
-from kvferry.errors import IntegrityError, KVError, PoolError, RegistrationError, TransferTimeout, TransportError
+from kvferry.errors import KVError, PoolError, RegistrationError, TransferTimeout, TransportError
 from kvferry.layout import Offsets
 from kvferry.observe import get_log
 from kvferry.pool.arena import new_word
@@ -60,6 +60,14 @@ RECONNECT_S = 1.0
 _log = get_log(__name__)
 _decoder = msgspec.msgpack.Decoder(Reply)
 R = TypeVar("R", bound=Message)
+
+
+class _LeftAlone(TransportError):
+    """The node is not asked, as it could not be reached, or did not answer, a moment ago."""
+
+    @property
+    def cause(self) -> str:
+        return TransportError("").cause
 
 
 class GetResult(NamedTuple):
@@ -153,7 +161,7 @@ class PoolClient:
         """For each block the fastest tier that holds it; all None where the node can't be asked."""
         try:
             return (await self._ask(Exists(next(self._ids), self.space, list(hashes)), Tiers)).tiers
-        except (TransportError, PoolError) as error:
+        except KVError as error:
             self._count(error)
             return [None] * len(hashes)
 
@@ -192,7 +200,7 @@ class PoolClient:
             return GetResult(lease.found, lease.from_disk, transport, node=self.address)
         except RegistrationError:
             raise
-        except (TransportError, PoolError, IntegrityError) as error:
+        except KVError as error:
             self._count(error)
             return GetResult(missed, cause=error.cause)
         finally:
@@ -240,7 +248,7 @@ class PoolClient:
             return PutResult(done.stored, done.duplicates, done.refused)
         except RegistrationError:
             raise
-        except (TransportError, PoolError, IntegrityError) as error:
+        except KVError as error:
             self._count(error)
             return PutResult(0, 0, 0, error.cause)
         finally:
@@ -267,7 +275,7 @@ class PoolClient:
         require_hashes(list(hashes))
         try:
             return (await self._ask(Prefetch(next(self._ids), self.space, list(hashes)), Counted)).count
-        except (TransportError, PoolError) as error:
+        except KVError as error:
             self._count(error)
             return 0
 
@@ -336,7 +344,7 @@ class PoolClient:
         async with self._connecting:
             now_s = time.monotonic()
             if now_s < self._retry_at_s:
-                raise TransportError(f"the pool node {self.address} was not reachable a moment ago")
+                raise _LeftAlone(f"the pool node {self.address} did not answer a moment ago")
             if self._peer is not None and self._peer.lost is None:
                 return self._peer
             try:
@@ -387,6 +395,7 @@ class PoolClient:
         if isinstance(error, TransferTimeout):
             # A node that is stopped costs one deadline, not one a call.
             self._retry_at_s = time.monotonic() + 2 * self.deadline_s
-        if error.cause != self._last_cause:
+        # Between two tries there is nothing new to say.
+        if error.cause != self._last_cause and not isinstance(error, _LeftAlone):
             self._last_cause = error.cause
             _log.warning("the pool did not serve; misses", node=self.address, cause=error.cause, error=str(error))

@@ -263,13 +263,16 @@ async def test_prefetch_brings_blocks_from_disk_before_they_are_loaded(tmp_path:
         assert all((here.block(4 + i) == content(i)).all() for i in range(4))
 
 
-async def test_slabs_that_are_too_small_are_a_cause_and_no_crash() -> None:
+async def test_slabs_that_are_too_small_are_a_cause_said_once_and_no_crash(caplog: pytest.LogCaptureFixture) -> None:
     node = PoolNode(settings=PoolSettings(arena_bytes=1 << 20, slab_bytes=4096))
     await node.start()
     here = Rank(node.address)
     async with ranks(here):
         saved = await result(here.save(range(1), [0]))
         assert (saved.refused, saved.cause) == (1, "registration_error")
+        assert (await result(here.save(range(1, 2), [0]))).cause == "registration_error"
+        said = [record.getMessage() for record in caplog.records if record.name == "kvferry.pool.attachment"]
+        assert said == ["the pool cannot serve this"]
     await node.close()
 
 

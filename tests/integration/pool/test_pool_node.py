@@ -196,6 +196,25 @@ async def test_a_client_without_a_node_sees_misses_until_it_is_there() -> None:
         await node.close()
 
 
+async def test_a_node_with_another_secret_serves_nothing_and_that_is_said_once(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    node = PoolNode(settings=PoolSettings(arena_bytes=8 * BLOCK, slab_bytes=BLOCK), secret=b"the cluster's own secret")
+    await node.start()
+    client = PoolClient(node.address, SPACE, secret=b"somebody else's secret")
+    await client.start()
+    try:
+        assert (await put(client, 1)).cause == "authentication_error"
+        assert await get(client, 1) == [False]
+        assert await client.exists(names(1)) == [None]
+        assert await client.prefetch(names(1)) == 0
+        assert client.failures == {"authentication_error": 1, "transport_error": 3}
+        assert len([record for record in caplog.records if record.name == "kvferry.pool.client"]) == 1
+    finally:
+        await client.close()
+        await node.close()
+
+
 async def test_wrong_arguments_are_errors_not_misses() -> None:
     async with pair() as (_, client):
         region, offsets = filled(client, 1)
