@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from kvferry.clock import Clock, RealClock
 from kvferry.pool.epochs import FIRST, Epoch
@@ -17,6 +18,13 @@ from kvferry.pool.keys import BlockSpace
 from kvferry.types import Incarnation
 
 BlockName = tuple[BlockSpace, bytes]
+
+
+class KnownEpochs(NamedTuple):
+    """The `latest` epoch of all, and the current one of each space."""
+
+    latest: Epoch
+    spaces: dict[BlockSpace, Epoch]
 
 
 class Directory(abc.ABC):
@@ -30,8 +38,13 @@ class Directory(abc.ABC):
         """
 
     @abc.abstractmethod
-    async def join(self, node: Incarnation, address: str, ttl_s: float) -> None:
-        """Make the node visible for `ttl_s`, with what it reported and reports."""
+    async def join(self, node: Incarnation, address: str, ttl_s: float, *, seen: Epoch = FIRST) -> bool:
+        """Make the node visible for `ttl_s`, with what it reported and reports.
+
+        Args:
+            seen: the latest epoch that the node saw. False, and nothing is done, where there is a later one: who
+                removes blocks tells those that are visible, and who becomes visible has heard of all removals before.
+        """
 
     @abc.abstractmethod
     async def report(self, node: Incarnation, added: Sequence[BlockName], removed: Sequence[BlockName]) -> None:
@@ -50,8 +63,8 @@ class Directory(abc.ABC):
         """The live nodes with their addresses."""
 
     @abc.abstractmethod
-    async def epochs(self) -> dict[BlockSpace, Epoch]:
-        """The current epoch of each space in which something was removed, as far as this directory knows."""
+    async def epochs(self) -> KnownEpochs:
+        """Of each space in which something was removed, as far as this directory knows."""
 
     @abc.abstractmethod
     async def change_epoch(self, space: BlockSpace, old: Epoch, new: Epoch) -> bool:
@@ -70,6 +83,7 @@ class EmbeddedDirectory(Directory):
         self._nodes: dict[Incarnation, tuple[str, float]] = {}
         self._holders: dict[BlockName, set[Incarnation]] = {}
         self._epochs: dict[BlockSpace, Epoch] = {}
+        self._latest = FIRST
 
     async def renew(self, node: Incarnation, ttl_s: float) -> bool:
         known = self._nodes.get(node)
@@ -78,8 +92,11 @@ class EmbeddedDirectory(Directory):
         self._nodes[node] = known[0], self._clock.now_s() + ttl_s
         return True
 
-    async def join(self, node: Incarnation, address: str, ttl_s: float) -> None:
+    async def join(self, node: Incarnation, address: str, ttl_s: float, *, seen: Epoch = FIRST) -> bool:
+        if seen != self._latest:
+            return False
         self._nodes[node] = address, self._clock.now_s() + ttl_s
+        return True
 
     async def report(self, node: Incarnation, added: Sequence[BlockName], removed: Sequence[BlockName]) -> None:
         for name in removed:
@@ -101,13 +118,13 @@ class EmbeddedDirectory(Directory):
         now_s = self._clock.now_s()
         return {node: address for node, (address, until_s) in self._nodes.items() if until_s > now_s}
 
-    async def epochs(self) -> dict[BlockSpace, Epoch]:
-        return dict(self._epochs)
+    async def epochs(self) -> KnownEpochs:
+        return KnownEpochs(self._latest, dict(self._epochs))
 
     async def change_epoch(self, space: BlockSpace, old: Epoch, new: Epoch) -> bool:
         if self._epochs.get(space, FIRST) != old:
             return False
-        self._epochs[space] = new
+        self._epochs[space] = self._latest = new
         return True
 
     async def close(self) -> None:

@@ -2,7 +2,8 @@
 
 `kvferry:node:INCARNATION` holds a node's address and expires with its lease; `kvferry:nodes` is the set of the
 incarnations that joined; `kvferry:block:SPACE:HASH` is the set of those that reported the block. Members of dead nodes
-are passed over, and removed when a lookup meets them. `kvferry:epochs` holds each space's epoch.
+are passed over, and removed when a lookup meets them. `kvferry:epochs` holds each space's epoch, and the latest of all
+under no name.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ from redis.exceptions import ConnectionError as ConnectionLost
 from redis.exceptions import RedisError
 
 from kvferry.errors import ConfigError, TransportError
-from kvferry.pool.directory import BlockName, Directory
-from kvferry.pool.epochs import Epoch
+from kvferry.pool.directory import BlockName, Directory, KnownEpochs
+from kvferry.pool.epochs import FIRST, Epoch
 from kvferry.pool.keys import BlockSpace
 from kvferry.types import Incarnation
 
@@ -42,9 +43,16 @@ end
 """
 """A node that lives again meanwhile keeps its entries: it joins before it reports."""
 
+JOIN = """
+if (redis.call('HGET', KEYS[1], '') or '0') ~= ARGV[1] then return 0 end
+redis.call('SADD', KEYS[2], ARGV[2])
+redis.call('SET', KEYS[3], ARGV[3], 'PX', ARGV[4])
+return 1
+"""
+
 CHANGE_EPOCH = """
 if (redis.call('HGET', KEYS[1], ARGV[1]) or '0') ~= ARGV[2] then return 0 end
-redis.call('HSET', KEYS[1], ARGV[1], ARGV[3])
+redis.call('HSET', KEYS[1], ARGV[1], ARGV[3], '', ARGV[3])
 return 1
 """
 
@@ -75,12 +83,10 @@ class RedisDirectory(Directory):
         with self._errors():
             return bool(await self._redis.pexpire(_node_key(node), int(1000 * ttl_s)))
 
-    async def join(self, node: Incarnation, address: str, ttl_s: float) -> None:
+    async def join(self, node: Incarnation, address: str, ttl_s: float, *, seen: Epoch = FIRST) -> bool:
+        keys = EPOCHS, NODES, _node_key(node)
         with self._errors():
-            async with self._redis.pipeline() as pipeline:
-                pipeline.sadd(NODES, f"{node:x}")
-                pipeline.set(_node_key(node), address, px=int(1000 * ttl_s))
-                await pipeline.execute()
+            return bool(await self._redis.eval(JOIN, 3, *keys, seen, f"{node:x}", address, int(1000 * ttl_s)))
 
     async def report(self, node: Incarnation, added: Sequence[BlockName], removed: Sequence[BlockName]) -> None:
         member = f"{node:x}"
@@ -123,10 +129,12 @@ class RedisDirectory(Directory):
                     await self._forget(node, [NODES])
         return {Incarnation(int(node, 16)): address for node, address in addresses.items()}
 
-    async def epochs(self) -> dict[BlockSpace, Epoch]:
+    async def epochs(self) -> KnownEpochs:
         with self._errors():
             found: dict[bytes, bytes] = await self._redis.hgetall(EPOCHS)
-        return {msgspec.msgpack.decode(space, type=BlockSpace): Epoch(int(epoch)) for space, epoch in found.items()}
+        latest = Epoch(int(found.pop(b"", FIRST)))
+        spaces = {msgspec.msgpack.decode(space, type=BlockSpace): Epoch(int(e)) for space, e in found.items()}
+        return KnownEpochs(latest, spaces)
 
     async def change_epoch(self, space: BlockSpace, old: Epoch, new: Epoch) -> bool:
         with self._errors():

@@ -112,7 +112,7 @@ class Removals:
 
     async def _epoch(self, space: BlockSpace) -> Epoch:
         assert self._cluster is not None
-        return (await self._cluster.directory.epochs()).get(space, FIRST)
+        return (await self._cluster.directory.epochs()).spaces.get(space, FIRST)
 
     async def _tell_all(self, forget: Forget) -> tuple[int, list[str]]:
         """Tell every live node, those that join meanwhile too. Returns: copies that there were, nodes not told."""

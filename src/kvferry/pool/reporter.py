@@ -9,7 +9,7 @@ import asyncio
 from collections import Counter
 from collections.abc import Awaitable, Callable
 
-from kvferry.errors import KVError
+from kvferry.errors import KVError, TransportError
 from kvferry.observe import get_log
 from kvferry.pool.directory import BlockName, Directory
 from kvferry.pool.epochs import FIRST, Epoch, new_epoch
@@ -19,6 +19,7 @@ from kvferry.types import Incarnation
 
 FLUSH_S = 0.05
 TIDY_S = 3.0
+TRIES = 8
 _log = get_log(__name__)
 
 
@@ -74,15 +75,16 @@ class Reporter:
         except KVError as error:
             _log.info("the directory could not be told that this node leaves", cause=error.cause)
 
-    async def catch_up(self, *, patient: bool = False) -> None:
+    async def catch_up(self, *, patient: bool = False) -> Epoch:
         """Compare the epochs of all spaces with the directory's; forget those in which a removal was missed.
 
         Args:
             patient: the node is live, so that it will be told of a removal which has just begun; it missed one whose
                 epoch it does not know at the next patient look either.
+        Returns: the latest epoch that the directory had.
         Raises: TransportError.
         """
-        epochs, theirs = self._index.epochs, await self._directory.epochs()
+        epochs, (latest, theirs) = self._index.epochs, await self._directory.epochs()
         waited, self._unknown = self._unknown, {}
         changed = False
         for space, epoch in theirs.items():
@@ -109,6 +111,7 @@ class Reporter:
                 await self._directory.change_epoch(space, FIRST, epoch)
         if changed:
             await self._on_epochs()
+        return latest
 
     async def _run(self) -> None:
         renew_at_s = 0.0
@@ -136,10 +139,14 @@ class Reporter:
             await asyncio.sleep(FLUSH_S)
 
     async def _join(self) -> None:
-        # Before, as the directory may still name blocks of this node; after, as removals are told to who has joined.
-        await self.catch_up()
-        await self._directory.join(self._node, self._address(), self._ttl_s)
-        await self.catch_up()
+        self._joined = False
+        for _ in range(TRIES):
+            # What is removed after this look, and before the node is visible, it would not be told of.
+            seen = await self.catch_up()
+            if await self._directory.join(self._node, self._address(), self._ttl_s, seen=seen):
+                break
+        else:
+            raise TransportError("blocks are removed all the time; this node joins the directory later")
         self._on_joined()
         self._index.take_changes()
         names = self._index.names()

@@ -20,8 +20,8 @@ import numpy as np
 
 from kvferry.clock import Clock
 from kvferry.errors import KVError, LeaseExpired, PeerGone, TransportError
-from kvferry.pool.directory import Directory, EmbeddedDirectory
-from kvferry.pool.epochs import Epoch
+from kvferry.pool.directory import Directory, EmbeddedDirectory, KnownEpochs
+from kvferry.pool.epochs import FIRST, Epoch
 from kvferry.pool.keys import BlockSpace
 from kvferry.pool.messages import GetBlocks, Leased, Message, PutBlocks, Release, Reply
 from kvferry.pool.node import PoolNode
@@ -227,20 +227,20 @@ class SimDirectory(Directory):
     def __init__(self, wire: Wire, shared: list[EmbeddedDirectory], who: Callable[[], str]) -> None:
         self._wire, self._shared, self._who = wire, shared, who
 
-    async def _call(self, name: str, *args: Any) -> Any:
+    async def _call(self, name: str, *args: Any, **named: Any) -> Any:
         for before in (True, False):
             await asyncio.sleep(self._wire.delay_s())
             if not self._wire.open(self._who(), "directory") or self._wire.rng.random() < 0.005:
                 raise TransportError("the directory did not answer")
             if before:
-                answer = await getattr(self._shared[0], name)(*args)
+                answer = await getattr(self._shared[0], name)(*args, **named)
         return answer
 
     async def renew(self, node: Incarnation, ttl_s: float) -> bool:
         return bool(await self._call("renew", node, ttl_s))
 
-    async def join(self, node: Incarnation, address: str, ttl_s: float) -> None:
-        await self._call("join", node, address, ttl_s)
+    async def join(self, node: Incarnation, address: str, ttl_s: float, *, seen: Epoch = FIRST) -> bool:
+        return bool(await self._call("join", node, address, ttl_s, seen=seen))
 
     async def report(self, node: Incarnation, added: Any, removed: Any) -> None:
         await self._call("report", node, added, removed)
@@ -254,8 +254,8 @@ class SimDirectory(Directory):
     async def nodes(self) -> dict[Incarnation, str]:
         return dict(await self._call("nodes"))
 
-    async def epochs(self) -> dict[BlockSpace, Epoch]:
-        return dict(await self._call("epochs"))
+    async def epochs(self) -> KnownEpochs:
+        return KnownEpochs(*await self._call("epochs"))
 
     async def change_epoch(self, space: BlockSpace, old: Epoch, new: Epoch) -> bool:
         return bool(await self._call("change_epoch", space, old, new))
