@@ -160,8 +160,10 @@ def fetching(case: Case) -> Iterator[Finding]:
                 "KVF111",
                 f"{counts.name}: its connector ({connectors}) was asked for the KV of {counts.asked} prompt tokens and "
                 "brought none (vllm:external_prefix_cache_hits_total is 0)",
-                "use a proxy that is made for this connector: one that hands prefill's kv_transfer_params to decode "
-                "(vLLM's toy_proxy_server.py for NixlConnector), and ask it, not decode itself",
+                "send requests to kvferry's router, not to the instance itself"
+                if "KVFerryConnector" in connectors
+                else "use a proxy that is made for this connector: one that hands prefill's kv_transfer_params to "
+                "decode (vLLM's toy_proxy_server.py for NixlConnector), and ask it, not decode itself",
             )
 
 
