@@ -11,13 +11,11 @@ import numpy as np
 from kvferry.errors import IntegrityError, TransportError
 from kvferry.layout import Offsets
 from kvferry.pool.messages import Leased
-from kvferry.pool.parts import BlockPart, block_bytes, block_digests, part_runs
+from kvferry.pool.parts import BlockPart, block_digests, part_runs
 from kvferry.transfer import Peer, TransferEngine
 from kvferry.transport.base import BlockList, Guard, Region
 
 SAME_MEMORY = ("inproc", "shm")
-STEP_BYTES = 16 << 20
-"""How much comes over a network before it is held against the digests: a cache still has it then."""
 
 
 async def fetch_blocks(
@@ -42,23 +40,16 @@ async def fetch_blocks(
     arena = peer.regions.get(lease.arena)
     if arena is None:
         raise TransportError("the node does not offer its arena (any more)", peer=peer.name)
-    offsets = np.asarray(lease.offsets, dtype=np.int64)
+    blocks = [
+        BlockList(arena, regions[run.region], run.pool_offsets, run.offsets, run.nbytes)
+        for run in part_runs(parts, places, np.asarray(lease.offsets, dtype=np.int64))
+    ]
     guard = Guard(lease.arena, lease.word_offset, lease.word)
-    near = engine.mapped(peer, lease.arena) is not None
-    step = len(places) if near else max(1, STEP_BYTES // block_bytes(parts))
-    transport = ""
-    for first in range(0, len(places), step):
-        some = slice(first, first + step)
-        blocks = [
-            BlockList(arena, regions[run.region], run.pool_offsets, run.offsets, run.nbytes)
-            for run in part_runs(parts, places[some], offsets[some])
-        ]
-        left_s = max(0.001, until_s - time.monotonic())
-        transport = (await engine.read(peer, blocks, guard=guard, deadline_s=left_s)).transport
-        if transport not in SAME_MEMORY:
-            loop = asyncio.get_running_loop()
-            await loop.run_in_executor(None, _verify, parts, places[some], regions, lease.digests[some])
-    return transport
+    done = await engine.read(peer, blocks, guard=guard, deadline_s=max(0.001, until_s - time.monotonic()))
+    if done.transport not in SAME_MEMORY:
+        loop = asyncio.get_running_loop()
+        await loop.run_in_executor(None, _verify, parts, places, regions, lease.digests)
+    return done.transport or ""
 
 
 def _verify(parts: Sequence[BlockPart], places: Offsets, regions: Mapping[int, Region], digests: list[int]) -> None:

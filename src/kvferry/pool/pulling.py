@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from concurrent.futures import Executor
 
 from kvferry.errors import LeaseExpired, RegistrationError
 from kvferry.layout import Offsets
@@ -32,12 +33,14 @@ def pull_blocks(
     slabs: list[int],
     guard: Guard,
     deadline_s: float,
+    helpers: Executor,
 ) -> list[int]:
     """Copy blocks from the client's memory into slabs. Blocks; on a thread that is no event loop's.
 
     Args:
         places: int64 [num_blocks], where each block lies at the client, as `parts` count.
         guard: the client's word; what was copied counts only while it stands.
+        helpers: gives one more thread, if it has one left, for what takes several steps.
     Returns: the xxh3-64 of each block.
     Raises: as `TransferEngine.read`. After failure the slabs hold unspecified bytes; no further byte will land.
     """
@@ -47,25 +50,39 @@ def pull_blocks(
     # They are kept, with their addresses, until the last digest is taken.
     mapped = {region: int(view.ctypes.data) for region, view in views.items() if view is not None}
     near = len(mapped) == len(sources)
+    in_arena = whole(arena.region, block_bytes(parts))
     step = max(1, STEP_BYTES // block_bytes(parts)) if near else len(slabs)
-    digests: list[int] = []
-    for first in range(0, len(slabs), step):
-        some, offsets = places[first : first + step], arena.offsets(slabs[first : first + step])
-        blocks = [
-            BlockList(sources[run.region], arena.region, run.offsets, run.pool_offsets, run.nbytes)
-            for run in part_runs(parts, some, offsets)
-        ]
-        left_s = max(0.001, until_s - time.monotonic())
-        if not near:
-            engine.read_sync(peer, blocks, guard=guard, deadline_s=left_s)
-            digests += block_digests(
-                whole(arena.region, block_bytes(parts)), offsets, {arena.region.region_id: arena.region.address}
-            )
-            continue
-        engine.read_sync(peer, blocks, deadline_s=left_s)
-        digests += block_digests(parts, some, mapped)
-        if engine.load_word_sync(peer, guard.region_id, guard.offset, deadline_s=left_s) != guard.word:
-            raise LeaseExpired("the client took its word back while its blocks were copied", peer=peer.name)
+    digests = [0] * len(slabs)
+    # Threads may share an iterator of a range.
+    left = iter(range(0, len(slabs), step))
+
+    def pull_what_is_left() -> None:
+        for first in left:
+            here = slice(first, first + step)
+            offsets = arena.offsets(slabs[here])
+            blocks = [
+                BlockList(sources[run.region], arena.region, run.offsets, run.pool_offsets, run.nbytes)
+                for run in part_runs(parts, places[here], offsets)
+            ]
+            left_s = max(0.001, until_s - time.monotonic())
+            if near:
+                engine.read_sync(peer, blocks, deadline_s=left_s)
+                digests[here] = block_digests(parts, places[here], mapped)
+                if engine.load_word_sync(peer, guard.region_id, guard.offset, deadline_s=left_s) != guard.word:
+                    raise LeaseExpired("the client took its word back while its blocks were copied", peer=peer.name)
+            else:
+                engine.read_sync(peer, blocks, guard=guard, deadline_s=left_s)
+                digests[here] = block_digests(in_arena, offsets, {arena.region.region_id: arena.region.address})
+
+    helping = helpers.submit(pull_what_is_left) if step < len(slabs) else None
+    try:
+        pull_what_is_left()
+    finally:
+        for _ in left:
+            pass  # After a failure nobody begins another step.
+        # Begun, it may be in the middle of one; else it has nothing to do any more.
+        if helping is not None and not helping.cancel():
+            helping.result()
     return digests
 
 

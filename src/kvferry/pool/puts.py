@@ -89,6 +89,7 @@ class Puts:
             slabs=[block.slab for block in put.blocks],
             guard=Guard(request.words_region, request.word_offset, request.word),
             deadline_s=self._deadline_s,
+            helpers=self._threads,
         )
         return await asyncio.get_running_loop().run_in_executor(self._threads, work)
 

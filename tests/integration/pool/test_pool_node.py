@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from kvferry.errors import RegistrationError
-from kvferry.pool import BlockPart, BlockSpace, PoolClient, PoolNode, PoolSettings, Tier, fetching, whole
+from kvferry.pool import BlockPart, BlockSpace, PoolClient, PoolNode, PoolSettings, Tier, pulling, whole
 from kvferry.pool.messages import PutBlocks
 from kvferry.transport.base import Region
 
@@ -317,15 +317,27 @@ async def settled(client: PoolClient) -> None:
     raise AssertionError(f"the disk did not settle: {stat}")
 
 
-async def test_what_comes_over_a_network_in_steps_is_whole_or_a_miss(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fetching, "STEP_BYTES", 2 * BLOCK)
+async def test_what_comes_over_a_network_is_whole_or_a_miss() -> None:
     async with pair(transports=("tcp",)) as (node, client):
         await put(client, 1, 2, 3, 4, 5)
         assert await get(client, 1, 2, 3, 4, 5) == [True] * 5
-        # In the node's memory, behind the back of its digests; the last step finds it.
+        # In the node's memory, behind the back of its digests.
         (entry,) = node._index.find(SPACE, names(5))
         assert entry is not None and entry.slab is not None
         node._arena.view(entry.slab, BLOCK)[77] ^= 1
         assert await get(client, 1, 2, 3, 4, 5) == [False] * 5
         assert client.failures == {"integrity_error": 1}
         assert await get(client, 1, 2, 3, 4) == [True] * 4
+
+
+@pytest.mark.parametrize("transports", [("shm", "tcp"), ("tcp",)])
+async def test_a_put_of_several_steps_is_whole(transports: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pulling, "STEP_BYTES", 2 * BLOCK)
+    numbers = range(1, 40)
+    async with pair(transports=transports) as (node, client):
+        assert (await put(client, *numbers)).stored == 39
+        far = PoolClient(node.address, SPACE, transports=("tcp",))
+        await far.start()
+        # Over TCP, where the digests are compared.
+        assert await get(far, *numbers) == [True] * 39
+        await far.close()
