@@ -167,12 +167,16 @@ def _figures(name: str, case: str, seen: dict[tuple[str, str], list[dict[str, An
 def describe_machine() -> dict[str, Any]:
     """Commit, processor, cores and kernel, for each object of the result."""
     here = Path(__file__).parent
-    commit = subprocess.run(["git", "-C", str(here), "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+    try:
+        asked = ["git", "-C", str(here), "rev-parse", "--short", "HEAD"]
+        commit = subprocess.run(asked, capture_output=True, text=True).stdout.strip()
+    except FileNotFoundError:  # No git here.
+        commit = ""
     model = next(
         (line.partition(":")[2].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")), "unknown"
     )
     return {
-        "commit": commit.stdout.strip() or "unknown",
+        "commit": commit or "unknown",
         "processor": model,
         "cores": len(os.sched_getaffinity(0)),
         "kernel": platform.release(),
