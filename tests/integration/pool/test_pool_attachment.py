@@ -235,7 +235,7 @@ async def test_bytes_that_were_corrupted_on_the_wire_are_a_miss() -> None:
 
 async def test_a_node_that_does_not_answer_costs_one_deadline_and_serves_again_later() -> None:
     async with a_node() as node:
-        here = Rank(node.address, deadline_s=0.3)
+        here = Rank(node.address, deadline_s=1.0)
         async with ranks(here):
             await result(here.save(range(2), [0, 1]))
             answer, node._engine.on_message = node._engine.on_message, lambda peer, payload: None
