@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -50,8 +51,8 @@ class _Forgetful(Store):
     def get(self, keys: list[bytes], targets: list[int], nbytes: int, batch: int) -> None:
         self.target[:] = self.source
 
-    def exists(self, keys: list[bytes]) -> list[bool]:
-        return [True] * len(keys)
+    def lookup(self, keys: list[bytes]) -> Callable[[], Sequence[object]]:
+        return lambda: [True] * len(keys)
 
 
 class _ForgetfulSystem(StoreSystem):

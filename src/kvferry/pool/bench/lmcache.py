@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from kvferry.pool.bench.stores import Store, StoreSystem, memories
@@ -46,8 +46,9 @@ class _LMCacheStore(Store):
             self._memories[1][at : at + nbytes].copy_(block.tensor)
             block.ref_count_down()
 
-    def exists(self, keys: list[bytes]) -> list[bool]:
-        return [self._backend.contains(self._key(key)) for key in keys]
+    def lookup(self, keys: list[bytes]) -> Callable[[], Sequence[object]]:
+        names = [self._key(key) for key in keys]
+        return lambda: [self._backend.contains(name) for name in names]
 
     def forget(self, keys: list[bytes]) -> None:
         for key in keys:

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import tempfile
 import time
-from collections.abc import Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -69,8 +69,8 @@ class NodeStore(Store):
 
         self.run(get_all())
 
-    def exists(self, keys: list[bytes]) -> list[bool]:
-        return [tier is not None for tier in self.run(self.client.exists(keys))]
+    def lookup(self, keys: list[bytes]) -> Callable[[], Sequence[object]]:
+        return lambda: self.run(self.client.exists(keys))
 
     def close(self) -> None:
         self.run(self.client.close())
@@ -95,7 +95,7 @@ class Kvferry(StoreSystem):
 
     def measure(self, cases: list[Case], scale: Scale) -> Iterator[Result]:
         yield from super().measure(cases, scale)
-        on_disk = {case.kind: case for case in cases if case.kind in ("disk-write", "disk-read")}
+        on_disk: dict[str, Case] = {case.kind: case for case in cases if case.kind in ("disk-write", "disk-read")}
         if on_disk:
             yield from _disk(on_disk, scale)
         for case in cases:
@@ -169,7 +169,7 @@ def _restart(case: Case, scale: Scale) -> Result:
             began_s = time.perf_counter()
             with processes.node(case.block_bytes, 16, disk=Path(directory), disk_slots=count) as address:
                 store = NodeStore(address, case.block_bytes)
-                right &= all(store.exists(keys))
+                right &= all(store.lookup(keys)())
                 seconds.append(time.perf_counter() - began_s)
                 store.close()
     return Result(case.name, seconds, count, right)
@@ -221,8 +221,8 @@ class _DirectoryStore(NodeStore):
 
         self.run(report())
 
-    def exists(self, keys: list[bytes]) -> list[bool]:
-        return [tier is not None for tier in self.run(self._nodes.exists(keys))]
+    def lookup(self, keys: list[bytes]) -> Callable[[], Sequence[object]]:
+        return lambda: self.run(self._nodes.exists(keys))
 
     def close(self) -> None:
         self.run(self._nodes.close())

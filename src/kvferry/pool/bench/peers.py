@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -69,11 +69,15 @@ class _RedisStore(Store):
                     raise RuntimeError("redis did not have every block")
                 ctypes.memmove(address + at, value, nbytes)
 
-    def exists(self, keys: list[bytes]) -> list[bool]:
-        pipeline = self._redis.pipeline(transaction=False)
-        for key in keys:
-            pipeline.exists(key)
-        return [bool(there) for there in pipeline.execute()]
+    def lookup(self, keys: list[bytes]) -> Callable[[], Sequence[object]]:
+        def ask() -> Sequence[object]:
+            pipeline = self._redis.pipeline(transaction=False)
+            for key in keys:
+                pipeline.exists(key)
+            answers: list[int] = pipeline.execute()
+            return answers
+
+        return ask
 
     def forget(self, keys: list[bytes]) -> None:
         self._redis.flushall()
@@ -142,8 +146,9 @@ class _MooncakeStore(Store):
         if any(size != nbytes for size in sizes):
             raise RuntimeError("mooncake did not have every block")
 
-    def exists(self, keys: list[bytes]) -> list[bool]:
-        return [code == 1 for code in self._store.batch_is_exist([key.hex() for key in keys])]
+    def lookup(self, keys: list[bytes]) -> Callable[[], Sequence[object]]:
+        names = [key.hex() for key in keys]
+        return lambda: self._store.batch_is_exist(names)  # type: ignore[no-any-return]
 
     def forget(self, keys: list[bytes]) -> None:
         self._store.remove_all(True)
