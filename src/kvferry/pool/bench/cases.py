@@ -13,8 +13,8 @@ from kvferry.transfer.bench.cases import Bytes, clear
 
 Kind = Literal["put", "get", "exists", "disk-write", "disk-read", "restart"]
 NUM_KEYS = 1000
-WARM_UP = 2
-"""Rounds of puts and gets that are not counted: memory is touched, connections are made."""
+WARM_UP = 4
+"""Repeats that are not counted: memory is touched, connections are made, and what adapts has adapted."""
 
 
 class Goal(NamedTuple):
