@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from live import Live
+from live import ONE_PAIR_BLOCKS, Live
 
 
 @pytest.fixture(scope="module")
 def one_pair() -> Iterator[Live]:
-    live = Live(1, 1)
+    # Room for three long prompts at a time, so that blocks are used again soon after they were freed.
+    live = Live(1, 1, KVFERRY_ENGINE_NUM_BLOCKS=str(ONE_PAIR_BLOCKS))
     yield live
     live.close()
