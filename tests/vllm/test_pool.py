@@ -31,6 +31,19 @@ def loadable(num_tokens):
     return (num_tokens - 1) // BLOCK
 
 
+def wait_until_used_again(server, prompt):
+    """The pool serves this prompt (again), which is asked until it does."""
+    loaded = server.metric(LOADED)
+
+    def is_loaded():
+        server.forget_prefixes()
+        complete(server.url, prompt, NUM_TOKENS)
+        server.wait_all_free()
+        return server.metric(LOADED) > loaded
+
+    wait_for(is_loaded, 30, "the pool is used again")
+
+
 class Talk:
     """A prompt, the reference's answer to it, and the next turn, which begins with both."""
 
@@ -192,12 +205,13 @@ def test_a_node_that_is_stopped_is_waited_for_only_so_long(fresh, single, pool_n
         prompt = prompt_of(300, seed=LENGTHS.index(300) + 1)
         began = time.monotonic()
         assert complete(fresh.url, prompt, NUM_TOKENS) == complete(single.url, prompt, NUM_TOKENS)
-        assert time.monotonic() - began < 2 * WAIT_S
+        assert time.monotonic() - began < 6 * WAIT_S
         # What it offers to a pool that does not take it is held for as long as one save may last, not for ever.
         fresh.wait_all_free()
     finally:
         pool_node.process.send_signal(signal.SIGCONT)
     assert fresh.metric("vllm:kvferry_pool_save_failures_total") > 0
+    wait_until_used_again(fresh, prompt)
 
 
 def test_a_node_that_dies_in_the_middle_of_a_load_is_missed_by_nobody(fresh, pair, single, pool_node, flags):
@@ -217,12 +231,4 @@ def test_a_node_that_dies_in_the_middle_of_a_load_is_missed_by_nobody(fresh, pai
     other = prompt_of(1000, seed=95)
     assert complete(fresh.url, other, NUM_TOKENS) == complete(single.url, other, NUM_TOKENS)
     pool_node.start()
-    loaded = fresh.metric(LOADED)
-
-    def comes_back():
-        fresh.forget_prefixes()
-        complete(fresh.url, prompt, NUM_TOKENS)
-        fresh.wait_all_free()
-        return fresh.metric(LOADED) > loaded
-
-    wait_for(comes_back, 30, "the pool is used again")
+    wait_until_used_again(fresh, prompt)
