@@ -148,7 +148,7 @@ class _MooncakeStore(Store):
 
     def lookup(self, keys: list[bytes]) -> Callable[[], Sequence[object]]:
         names = [key.hex() for key in keys]
-        return lambda: self._store.batch_is_exist(names)  # type: ignore[no-any-return]
+        return lambda: self._store.batch_is_exist(names)
 
     def forget(self, keys: list[bytes]) -> None:
         self._store.remove_all(True)
