@@ -211,10 +211,12 @@ class Connections:
                 link.forget(gone)
 
     async def _accept(self, sock: socket.socket) -> None:
-        loop = asyncio.get_running_loop()
         while True:
+            await _readable(sock)
             try:
-                accepted, address = await loop.sock_accept(sock)
+                accepted, address = sock.accept()
+            except BlockingIOError:
+                continue
             except OSError:
                 # Out of file descriptors, or the peer has gone again: the next one may fare better.
                 await asyncio.sleep(0.05)
@@ -273,3 +275,14 @@ class Connections:
 
 def _address(host: str, port: int) -> str:
     return f"tcp://[{host}]:{port}" if ":" in host else f"tcp://{host}:{port}"
+
+
+async def _readable(sock: socket.socket) -> None:
+    """Wait until there is something to accept. `loop.sock_accept`, cancelled as a peer comes, loses that peer's socket
+    unclosed."""
+    loop, ready = asyncio.get_running_loop(), asyncio.Event()
+    loop.add_reader(sock, ready.set)
+    try:
+        await ready.wait()
+    finally:
+        loop.remove_reader(sock)
