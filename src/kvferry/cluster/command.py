@@ -256,6 +256,8 @@ def _with(settings: Settings, *, model: str | None, port: int | None, pool: Sequ
     if pool is not None:
         settings = replace(settings, engine=replace(settings.engine, pool=tuple(pool)))
     if model is not None:
+        if model.startswith(("/", "./", "../")) and not Path(model).is_dir():
+            raise ConfigError(f"--model: there is no directory {model}")
         settings = replace(settings, engine=replace(settings.engine, model=model))
     if port is not None:
         settings = replace(settings, router=replace(settings.router, port=port))

@@ -54,10 +54,21 @@ def test_up_ends_every_process_with_a_signal(tmp_path: Path):
     assert {path.name for path in (tmp_path / "logs").iterdir()} == {"router.log", "prefill-0.log", "decode-0.log"}
 
 
-def test_a_wrong_model_ends_with_a_clear_line(tmp_path: Path):
-    line = [*KVFERRY, "up", "--port", "0", "--model", str(tmp_path / "absent")]
-    environ = {**os.environ, "HF_HUB_OFFLINE": "1", "TMPDIR": str(tmp_path)}
-    done = subprocess.run(line, capture_output=True, text=True, timeout=110, cwd=tmp_path, env=environ, check=False)
+def test_a_model_that_does_not_load_ends_the_start_with_the_instances_own_words(tmp_path: Path):
+    (tmp_path / "empty").mkdir()
+    done = up_to_the_end(tmp_path, "--model", str(tmp_path / "empty"))
     assert done.returncode == 2
-    assert "absent" in done.stderr and "Traceback" not in done.stderr.splitlines()[0]
+    assert "empty" in done.stderr and "Traceback" not in done.stderr.splitlines()[0]
     assert "(pid" in done.stderr and "ended with status" in done.stderr
+
+
+def test_a_directory_that_is_not_there_is_said_before_anything_starts(tmp_path: Path):
+    done = up_to_the_end(tmp_path, "--model", "./absent")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "kvferry: --model: there is no directory ./absent\n"
+
+
+def up_to_the_end(tmp_path: Path, *flags: str) -> subprocess.CompletedProcess[str]:
+    line = [*KVFERRY, "up", "--port", "0", *flags]
+    environ = {**os.environ, "HF_HUB_OFFLINE": "1", "TMPDIR": str(tmp_path)}
+    return subprocess.run(line, capture_output=True, text=True, timeout=110, cwd=tmp_path, env=environ, check=False)
