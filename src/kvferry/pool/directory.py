@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from kvferry.clock import Clock, RealClock
-from kvferry.pool.epochs import FIRST, Epoch
+from kvferry.pool.epochs import FIRST, Epoch, new_epoch
 from kvferry.pool.keys import BlockSpace
 from kvferry.types import Incarnation
 
@@ -21,10 +21,12 @@ BlockName = tuple[BlockSpace, bytes]
 
 
 class KnownEpochs(NamedTuple):
-    """The `latest` epoch of all, and the current one of each space."""
+    """The `latest` epoch of all, the current one of each space, and the number that the directory was born with: one
+    that was lost comes back with another."""
 
     latest: Epoch
     spaces: dict[BlockSpace, Epoch]
+    born: Epoch
 
 
 class Directory(abc.ABC):
@@ -83,7 +85,7 @@ class EmbeddedDirectory(Directory):
         self._nodes: dict[Incarnation, tuple[str, float]] = {}
         self._holders: dict[BlockName, set[Incarnation]] = {}
         self._epochs: dict[BlockSpace, Epoch] = {}
-        self._latest = FIRST
+        self._latest, self._born = FIRST, new_epoch()
 
     async def renew(self, node: Incarnation, ttl_s: float) -> bool:
         known = self._nodes.get(node)
@@ -119,7 +121,7 @@ class EmbeddedDirectory(Directory):
         return {node: address for node, (address, until_s) in self._nodes.items() if until_s > now_s}
 
     async def epochs(self) -> KnownEpochs:
-        return KnownEpochs(self._latest, dict(self._epochs))
+        return KnownEpochs(self._latest, dict(self._epochs), self._born)
 
     async def change_epoch(self, space: BlockSpace, old: Epoch, new: Epoch) -> bool:
         if self._epochs.get(space, FIRST) != old:

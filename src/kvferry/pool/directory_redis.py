@@ -2,8 +2,8 @@
 
 `kvferry:node:INCARNATION` holds a node's address and expires with its lease; `kvferry:nodes` is the set of the
 incarnations that joined; `kvferry:block:SPACE:HASH` is the set of those that reported the block. Members of dead nodes
-are passed over, and removed when a lookup meets them. `kvferry:epochs` holds each space's epoch, and the latest of all
-under no name.
+are passed over, and removed when a lookup meets them. `kvferry:epochs` holds each space's epoch, the latest of all
+under no name, and the number that the directory was born with.
 """
 
 from __future__ import annotations
@@ -22,12 +22,13 @@ from redis.exceptions import RedisError
 
 from kvferry.errors import ConfigError, TransportError
 from kvferry.pool.directory import BlockName, Directory, KnownEpochs
-from kvferry.pool.epochs import FIRST, Epoch
+from kvferry.pool.epochs import FIRST, Epoch, new_epoch
 from kvferry.pool.keys import BlockSpace
 from kvferry.types import Incarnation
 
 BATCH = 5000
 NODES, EPOCHS = "kvferry:nodes", "kvferry:epochs"
+BORN = b"born"
 
 HOLDERS = """
 local holders = {}
@@ -131,10 +132,13 @@ class RedisDirectory(Directory):
 
     async def epochs(self) -> KnownEpochs:
         with self._errors():
-            found: dict[bytes, bytes] = await self._redis.hgetall(EPOCHS)
-        latest = Epoch(int(found.pop(b"", FIRST)))
+            async with self._redis.pipeline() as pipeline:
+                pipeline.hsetnx(EPOCHS, BORN, new_epoch())
+                pipeline.hgetall(EPOCHS)
+                found: dict[bytes, bytes] = (await pipeline.execute())[1]
+        latest, born = Epoch(int(found.pop(b"", FIRST))), Epoch(int(found.pop(BORN)))
         spaces = {msgspec.msgpack.decode(space, type=BlockSpace): Epoch(int(e)) for space, e in found.items()}
-        return KnownEpochs(latest, spaces)
+        return KnownEpochs(latest, spaces, born)
 
     async def change_epoch(self, space: BlockSpace, old: Epoch, new: Epoch) -> bool:
         with self._errors():

@@ -33,6 +33,9 @@ class Epochs:
 
     def __init__(self) -> None:
         self._known: dict[BlockSpace, dict[Epoch, Epoch]] = {}
+        # The directory, by the number that it was born with, that last agreed to all of this; and where it did not yet.
+        self.agreed_with = FIRST
+        self.own: set[BlockSpace] = set()
 
     def current(self, space: BlockSpace) -> Epoch:
         """The last one that the node entered."""
@@ -85,14 +88,28 @@ class Epochs:
             return "ahead"
         return "forked" if self.knows(space, theirs) else "missed"
 
+    def may_be_alone(self, space: BlockSpace, directory: Epoch) -> bool:
+        """Whether this node may have heard of removals that nodes in the directory's epoch have not: it has not agreed
+        on all of its own with this very directory."""
+        return self.current(space) != FIRST and (directory != self.agreed_with or space in self.own)
+
+    def agreed(self, directory: Epoch) -> None:
+        """The directory knows all that this node knows."""
+        self.agreed_with = directory
+        self.own.clear()
+
     def encode(self) -> bytes:
         """For a file that outlives the node."""
-        return msgspec.msgpack.encode([(space, list(known.items())) for space, known in self._known.items()])
+        known = [(space, list(known.items())) for space, known in self._known.items()]
+        return msgspec.msgpack.encode((self.agreed_with, list(self.own), known))
 
     @classmethod
     def decode(cls, saved: bytes) -> Epochs:
         """What `encode` gave. Raises: msgspec.MsgspecError."""
         epochs = cls()
-        found = msgspec.msgpack.decode(saved, type=list[tuple[BlockSpace, list[tuple[Epoch, Epoch]]]])
+        epochs.agreed_with, own, found = msgspec.msgpack.decode(
+            saved, type=tuple[Epoch, list[BlockSpace], list[tuple[BlockSpace, list[tuple[Epoch, Epoch]]]]]
+        )
+        epochs.own = set(own)
         epochs._known = {space: dict(known) for space, known in found if known}
         return epochs

@@ -278,6 +278,7 @@ class BlockIndex:
             hashes = None
         if epoch is None:
             epoch, previous = new_epoch(), self.epochs.current(space)
+            self.epochs.own.add(space)
         self.epochs.enter(space, epoch, FIRST if previous is None else previous, emptied=hashes is None)
         known = self._spaces.get(space)
         if known is None:

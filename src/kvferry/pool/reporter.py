@@ -84,34 +84,45 @@ class Reporter:
         Returns: the latest epoch that the directory had.
         Raises: TransportError.
         """
-        epochs, (latest, theirs) = self._index.epochs, await self._directory.epochs()
+        epochs, (latest, theirs, born) = self._index.epochs, await self._directory.epochs()
         waited, self._unknown = self._unknown, {}
-        changed = False
+        before, heard, agreed = epochs.all(), True, True
         for space, epoch in theirs.items():
             standing = epochs.compare(space, epoch)
-            if standing == "ahead":
-                await self._directory.change_epoch(space, epoch, epochs.current(space))
-            elif standing == "forked":
+            if standing == "missed" and patient and waited.get(space) != epoch:
+                self._unknown[space], heard = epoch, False
+            elif standing == "ahead":
+                agreed &= await self._directory.change_epoch(space, epoch, epochs.current(space))
+            elif standing != "same":
                 # Other nodes may have missed what this one did not: an epoch that is new to all makes them forget.
-                previous, merged = epochs.current(space), new_epoch()
-                if await self._directory.change_epoch(space, epoch, merged):
-                    self._index.apply_removal(space, [], previous=previous, epoch=merged)
-                    changed = True
-            elif standing == "missed" and patient and waited.get(space) != epoch:
-                self._unknown[space] = epoch
-            elif standing == "missed":
-                forgotten = self._index.apply_removal(space, None, epoch=epoch)
-                changed = True
-                if forgotten:
-                    self._counts["removals_missed"] += 1
-                    _log.warning("a removal was missed; all of its space is forgotten",
-                                 namespace=space.namespace, blocks=len(forgotten))  # fmt: skip
+                alone = standing == "forked" or epochs.may_be_alone(space, born)
+                if standing == "missed":
+                    self._forget(space, epoch)
+                agreed &= not alone or await self._begin_anew(space, epoch)
         for space, epoch in epochs.all().items():
             if space not in theirs:
-                await self._directory.change_epoch(space, FIRST, epoch)
-        if changed:
+                agreed &= await self._directory.change_epoch(space, FIRST, epoch)
+        news = epochs.all() != before
+        if heard and agreed and (epochs.agreed_with != born or epochs.own):
+            epochs.agreed(born)
+            news = True
+        if news:
             await self._on_epochs()
         return latest
+
+    def _forget(self, space: BlockSpace, epoch: Epoch) -> None:
+        forgotten = self._index.apply_removal(space, None, epoch=epoch)
+        if forgotten:
+            self._counts["removals_missed"] += 1
+            _log.warning("a removal was missed; all of its space is forgotten",
+                         namespace=space.namespace, blocks=len(forgotten))  # fmt: skip
+
+    async def _begin_anew(self, space: BlockSpace, theirs: Epoch) -> bool:
+        previous, merged = self._index.epochs.current(space), new_epoch()
+        if not await self._directory.change_epoch(space, theirs, merged):
+            return False
+        self._index.apply_removal(space, [], previous=previous, epoch=merged)
+        return True
 
     async def _run(self) -> None:
         renew_at_s = 0.0

@@ -96,6 +96,7 @@ class Wire:
         self.cut: set[frozenset[str]] = set()
         self.ports = itertools.count(1)
         self.slowest_s = 0.3
+        self.lost = 0.005
 
     def open(self, one: str, other: str) -> bool:
         return frozenset((one, other)) not in self.cut
@@ -230,7 +231,7 @@ class SimDirectory(Directory):
     async def _call(self, name: str, *args: Any, **named: Any) -> Any:
         for before in (True, False):
             await asyncio.sleep(self._wire.delay_s())
-            if not self._wire.open(self._who(), "directory") or self._wire.rng.random() < 0.005:
+            if not self._wire.open(self._who(), "directory") or self._wire.rng.random() < self._wire.lost:
                 raise TransportError("the directory did not answer")
             if before:
                 answer = await getattr(self._shared[0], name)(*args, **named)

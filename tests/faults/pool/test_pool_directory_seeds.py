@@ -98,7 +98,7 @@ class World:
         tasks += [asyncio.create_task(self.faults())]
         await asyncio.gather(*tasks)
         self.wire.cut.clear()
-        self.wire.slowest_s = 0.01
+        self.wire.slowest_s, self.wire.lost = 0.01, 0.0
         await asyncio.sleep(HEAL_S)
         await self.require_healed()
         for node in self.nodes:

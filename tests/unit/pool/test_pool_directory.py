@@ -59,13 +59,13 @@ async def test_live_nodes_are_named_until_their_leases_end() -> None:
 async def test_an_epoch_is_changed_by_who_knows_it_only() -> None:
     directory = EmbeddedDirectory(VirtualClock())
     one, two = Epoch(11), Epoch(22)
-    assert await directory.epochs() == (FIRST, {})
+    assert (await directory.epochs())[:2] == (FIRST, {})
     assert await directory.change_epoch(SPACE, FIRST, one)
     assert not await directory.change_epoch(SPACE, FIRST, two)
     assert not await directory.change_epoch(SPACE, two, one)
     assert await directory.change_epoch(OTHER, FIRST, two)
     assert await directory.change_epoch(SPACE, one, two)
-    assert await directory.epochs() == (two, {SPACE: two, OTHER: two})
+    assert (await directory.epochs())[:2] == (two, {SPACE: two, OTHER: two})
     # Who joins has seen the latest one.
     assert not await directory.join(OLD, "tcp://h:1", 3.0, seen=one)
     assert await directory.nodes() == {}
