@@ -50,16 +50,23 @@ class DiskQueue:
 
     def adopt(self) -> None:
         """Serve what lay on disk when the node started, but for spaces in which blocks were removed since."""
+        self._wipe_outdated()
         for slot, header in self._unadopted.items():
             space, index = header.space, self._index
-            unchanged = index.epochs.all().get(space) == self._epochs_then.get(space)
-            if unchanged and index.adopt(space, header.block_hash, header.nbytes, header.digest, slot):
+            if index.adopt(space, header.block_hash, header.nbytes, header.digest, slot):
                 (entry,) = index.find(space, [header.block_hash])
                 assert entry is not None
                 self._entries[slot] = entry
             else:
                 self._disk.give(slot)
         self._unadopted.clear()
+
+    def _wipe_outdated(self) -> None:
+        now = self._index.epochs.all()
+        outdated = [s for s, h in self._unadopted.items() if now.get(h.space) != self._epochs_then.get(h.space)]
+        for slot in outdated:
+            del self._unadopted[slot]
+            self._disk.give(slot)
 
     @property
     def num_blocks(self) -> int:
@@ -143,6 +150,7 @@ class DiskQueue:
     async def wiped(self) -> None:
         """Return when nothing of the blocks that were removed is left on disk, and their removal is noted there."""
         self.free_slots()
+        self._wipe_outdated()
         under_way = [*self._writes.items(), *self._loads.items()]
         await asyncio.gather(*(task for entry, task in under_way if entry.removed), return_exceptions=True)
         self.note_epochs()
