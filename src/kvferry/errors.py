@@ -7,6 +7,7 @@
       WireError                bytes that are no valid frame or message                  not retryable
       TransportError           bytes could not be moved                                  retryable
         TransferTimeout        the deadline passed first                                 retryable
+          TransferUnfinished   ... and bytes may still land in the target blocks         retryable
         PeerGone               the other process is dead or unreachable                  retryable
         TransportClosed        this side closed it                                       not retryable
         RegistrationError      offsets, sizes, tokens or memory that do not fit          not retryable
@@ -24,6 +25,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import ClassVar
 
 
@@ -83,6 +85,18 @@ class TransportError(KVError):
 
 class TransferTimeout(TransportError):
     """The deadline passed before the transfer was complete."""
+
+
+class TransferUnfinished(TransferTimeout):
+    """The transfer was given up, but its transport can't take it back: bytes may still land in the target blocks.
+
+    The exception to what holds after a failure: keep these blocks aside until `is_over()` is true. It may be called at
+    any time, from any thread; it is true at the latest when the engine is closed.
+    """
+
+    def __init__(self, message: str, *, is_over: Callable[[], bool], peer: str | None = None) -> None:
+        super().__init__(message, peer=peer)
+        self.is_over = is_over
 
 
 class PeerGone(TransportError):

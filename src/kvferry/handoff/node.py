@@ -9,6 +9,7 @@ reuse the blocks at once.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import secrets
 import threading
@@ -21,7 +22,15 @@ import numpy.typing as npt
 
 from kvferry.addresses import host_of, is_wildcard
 from kvferry.clock import Clock, RealClock
-from kvferry.errors import CompatibilityError, ConfigError, KVError, PeerGone, TransferTimeout, WireError
+from kvferry.errors import (
+    CompatibilityError,
+    ConfigError,
+    KVError,
+    PeerGone,
+    TransferTimeout,
+    TransferUnfinished,
+    WireError,
+)
 from kvferry.handoff.digests import Memory, block_digests
 from kvferry.handoff.reading import NodeHello, PullPlan, check_digests, plan_pull
 from kvferry.handoff.words import WORD_BYTES, CudaWords, HostWords, Words
@@ -81,6 +90,7 @@ from kvferry.types import (
 from kvferry.wire import Codec, require_secret
 
 READ_PRIORITY = 10
+UNFINISHED_POLL_S = 0.05
 CLOSE_TIMEOUT_S = 5.0
 _log = logging.getLogger("kvferry.handoff")
 _codec: Codec[Message] = Codec(Message)
@@ -528,12 +538,23 @@ class HandoffNode:
         )  # fmt: skip
         if not plan.blocks:
             return 0, None
-        done = await self._engine.read(
-            peer, plan.blocks, guard=plan.guard, deadline_s=wanted.deadline_s, priority=READ_PRIORITY
-        )
+        try:
+            done = await self._engine.read(
+                peer, plan.blocks, guard=plan.guard, deadline_s=wanted.deadline_s, priority=READ_PRIORITY
+            )
+        except TransferUnfinished as error:
+            _log.error("handoff %s keeps its blocks aside: %s", wanted.handoff, error)
+            await self._until_over(error)
+            raise
         if plan.digests and self._on_host(self.layout, plan.layers):
             await self._loop.run_in_executor(None, self._verify, plan)
         return done.nbytes, done.transport
+
+    async def _until_over(self, read: TransferUnfinished) -> None:
+        """Until nothing can land any more (R7), also when cancelled: till then the read counts as under way."""
+        while not self._closed and not read.is_over():
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.sleep(UNFINISHED_POLL_S)
 
     def _verify(self, plan: PullPlan) -> None:
         assert self.layout is not None

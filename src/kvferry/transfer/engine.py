@@ -16,7 +16,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from kvferry.errors import KVError, PeerGone, RegistrationError, TransferTimeout, TransportClosed, TransportError
+from kvferry.errors import (
+    KVError,
+    PeerGone,
+    RegistrationError,
+    TransferTimeout,
+    TransferUnfinished,
+    TransportClosed,
+    TransportError,
+)
 from kvferry.transfer.connections import Connections
 from kvferry.transfer.control import EngineHello
 from kvferry.transfer.jobs import Job, JobQueue
@@ -242,7 +250,8 @@ class TransferEngine:
             RegistrationError: offsets, sizes, regions or tokens do not fit; nothing was written.
             LeaseExpired: the guard's word was another one after the read.
             TransferTimeout, PeerGone, TransportClosed, TransportError: see kvferry.errors.
-        After failure or cancellation: the target blocks hold unspecified bytes; no further byte will land.
+            TransferUnfinished: given up or cancelled, and bytes may still land, until it says that it is over.
+        After any other failure or cancellation: the target blocks hold unspecified bytes; no further byte will land.
         """
         return await self._run(self._transfer(peer, blocks, guard, deadline_s, writing=False), priority)
 
@@ -339,8 +348,9 @@ class TransferEngine:
             while not done.done():
                 with contextlib.suppress(asyncio.CancelledError, KVError):
                     await asyncio.shield(done)
-            if not done.cancelled():
-                done.exception()
+            unfinished = None if done.cancelled() else done.exception()
+            if isinstance(unfinished, TransferUnfinished):
+                raise unfinished from None
             raise
         finally:
             timer.cancel()

@@ -19,7 +19,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from kvferry.errors import LeaseExpired, PeerGone, RegistrationError, TransferTimeout, TransportError
+from kvferry.errors import LeaseExpired, PeerGone, RegistrationError, TransferUnfinished, TransportError
 from kvferry.layout import Offsets
 from kvferry.transport.base import BlockList, Guard, Link, Region, RemoteRegion, StopToken, Transport
 from kvferry.transport.beacon import ALIVE, BEACON_BYTES, INCARNATION, NONCE, Beacon, slot_nonce, slot_offset
@@ -262,6 +262,10 @@ class NixlLink(Link):
             remote = np.array([[address, 8, 0] for address in addresses], dtype=np.uint64)
             self._run("READ", local, "host", remote, "host", limits)
             return [int(np.asarray(transport._words)[8 * p : 8 * p + 8].view(np.int64)[0]) for p in places]
+        except TransferUnfinished:
+            # Words may still land there, and would be taken for another transfer's: these places are lost.
+            places = []
+            raise
         finally:
             with transport.lock:
                 transport.free_words += places
@@ -293,39 +297,42 @@ class NixlLink(Link):
                 spins += 1
                 # Busy at first, for small transfers; then give the core to whoever moves the bytes.
                 time.sleep(0.0001) if spins > _SPINS else os.sched_yield()
+                self._require_open()
                 state = self._state(handle)
-        except BaseException:
-            self._drain(handle)
+        except BaseException as error:
+            until_s = time.monotonic() + _DRAIN_S
+            while not self._is_over(handle):
+                if time.monotonic() > until_s:
+                    # Neither releasing the handle nor parting from the peer stops UCX: the caller has to wait.
+                    raise TransferUnfinished(
+                        f"a nixl transfer that was given up is still pending after {_DRAIN_S} s: its target blocks may "
+                        "still be written; keep them aside until it has ended, or this engine is closed",
+                        is_over=lambda: self._is_over(handle),
+                        peer=self._peer,
+                    ) from error
+                time.sleep(0.001)
+            self._release(handle)
             raise
-        finally:
-            with contextlib.suppress(TransportError), transport.errors(self._peer):
-                handle.release()
+        self._release(handle)
         if state != "DONE":
             raise PeerGone(f"nixl's transfer ended as {state}: the peer is dead or cut off", peer=self._peer)
 
     def _state(self, handle: Any) -> str:
-        with self._transport.lock, self._transport.errors(self._peer):
-            self._require_open()
-            return str(self._transport.agent.check_xfer_state(handle))
+        transport = self._transport
+        with transport.lock, transport.errors(self._peer):
+            agent = transport.__dict__.get("agent")
+            return "CLOSED" if agent is None else str(agent.check_xfer_state(handle))
 
-    def _drain(self, handle: Any) -> None:
-        """Wait until a transfer that was given up can write nothing more (T4).
+    def _is_over(self, handle: Any) -> bool:
+        """Whether a transfer that was given up can write nothing more (T4): it ended, failed, or its agent is gone."""
+        try:
+            return self._state(handle) != "PROC"
+        except TransportError:
+            return True
 
-        Raises: TransferTimeout if it neither ends nor fails: keep its target aside until the engine is closed.
-        """
-        until_s = time.monotonic() + _DRAIN_S
-        while time.monotonic() < until_s:
-            try:
-                if self._state(handle) != "PROC":
-                    return
-            except TransportError:
-                return
-            time.sleep(0.001)
-        raise TransferTimeout(
-            f"a nixl transfer that was given up is still pending after {_DRAIN_S} s: its target blocks may still be "
-            "written; keep them aside until this engine is closed",
-            peer=self._peer,
-        )
+    def _release(self, handle: Any) -> None:
+        with contextlib.suppress(TransportError), self._transport.errors(self._peer):
+            handle.release()
 
     def _require_open(self) -> None:
         if self._closed or "agent" not in self._transport.__dict__:

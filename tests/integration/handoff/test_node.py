@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -10,7 +11,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from kvferry.errors import ConfigError
+from kvferry.errors import ConfigError, TransferUnfinished
 from kvferry.handoff.node import HandoffNode, Released
 from kvferry.layout import Fingerprint, KVLayout, LayerLayout, block_offsets
 from kvferry.protocol.events import ReleaseReason
@@ -256,6 +257,33 @@ def test_an_abort_on_either_side_ends_both_at_once(pair: tuple[Instance, Instanc
     assert outcome.state is (TerminalState.ABORTED if side == "target" else TerminalState.RECOMPUTED)
     source.released(one.handoff)
     assert time.monotonic() - began_s < 1.0
+
+
+@pytest.mark.parametrize("cancelled", [False, True])
+def test_a_read_that_cannot_be_taken_back_keeps_its_blocks(
+    pair: tuple[Instance, Instance], monkeypatch: pytest.MonkeyPatch, cancelled: bool
+) -> None:
+    """UCX may write after the deadline: until it can't, the handoff has not ended, whatever asks for its end."""
+    source, target = pair
+    over = threading.Event()
+
+    async def unfinished(*_args: Any, **_named: Any) -> None:
+        raise TransferUnfinished("bytes may still land", is_over=over.is_set)
+
+    monkeypatch.setattr(target.node._engine, "read", unfinished)
+    one = ticket(source, target, remaining_s=1.0)
+    source.node.offer(one, DIGEST, 1)
+    target.node.drop_select(one, DIGEST, 0, [1])
+    publish_all(source, one.handoff, [3])
+    source.released(one.handoff)
+    if cancelled:
+        target.node.cancel(one.handoff, "client_gone", side="target")
+    # Deadline, lease and drain pass meanwhile: the last of them closes the channel, which must not end it either.
+    with pytest.raises(AssertionError, match="draining"):
+        target.outcome(one.handoff, timeout_s=1.0 + FAST.lease_ttl_s + FAST.drain_s)
+    over.set()
+    outcome = target.outcome(one.handoff)
+    assert outcome.state is (TerminalState.ABORTED if cancelled else TerminalState.RECOMPUTED)
 
 
 def test_a_source_that_dies_is_named_within_a_second(pair: tuple[Instance, Instance]) -> None:

@@ -9,7 +9,7 @@ from typing import ClassVar
 import numpy as np
 import pytest
 
-from kvferry.errors import TransferTimeout
+from kvferry.errors import TransferUnfinished
 from kvferry.testing.conformance import BLOCK, TransportConformance, offsets
 from kvferry.testing.engines import EngineThread
 from kvferry.testing.faults import NetworkNamespace
@@ -70,8 +70,10 @@ def test_a_cut_network_ends_in_an_error_that_says_what_may_still_land(monkeypatc
             reader.run(reader.engine.read(peer, whole, deadline_s=10.0))
             assert np.array_equal(target.buffer, random_bytes(BLOCK, 7))
             network.cut()
-            with pytest.raises(TransferTimeout, match="may still be written"):
+            with pytest.raises(TransferUnfinished, match="may still be written") as unfinished:
                 reader.run(reader.engine.read(peer, whole, deadline_s=0.5))
+            assert not unfinished.value.is_over()
+        assert unfinished.value.is_over()
     finally:
         if owner is not None:
             owner.close()
