@@ -45,19 +45,20 @@ def test_a_disk_that_is_too_small_is_told_before_the_node_serves(small_disk: Pat
 
 
 async def test_a_disk_that_fills_up_later_costs_nothing_that_was_promised(small_disk: Path) -> None:
-    with NodeProcess(*disk_flags(small_disk)) as node:
+    # Less room in memory than on disk, so that some blocks lie on disk alone.
+    with NodeProcess(*disk_flags(small_disk), "--arena-bytes", "512KiB") as node:
         # Others fill what is left: the blocks' room is the node's already.
         with contextlib.suppress(OSError), (small_disk / "others").open("wb") as others:
             while True:
                 others.write(bytes(4096))
                 others.flush()
         async with client_of(node.address) as client:
-            for first in range(0, 60, 10):
-                await put(client, list(range(first, first + 10)))
+            for first in range(0, 60, 5):
+                await put(client, list(range(first, first + 5)))
 
             async def written() -> bool:
                 stat = await client.stat()
-                return stat.blocks_on_disk == stat.disk_slots
+                return stat.blocks_on_disk == stat.disk_slots and not stat.disk_queued_bytes
 
             await eventually(written)
             tiers = await client.exists([name(number) for number in range(60)])

@@ -128,6 +128,8 @@ def test_following_a_log_shows_lines_as_they_come(tmp_path: Path) -> None:
         [sys.executable, "-u", "-m", "kvferry.cli", "doctor", "logs", str(log), "--follow"],
         stdout=subprocess.PIPE,
         text=True,
+        # A shell that runs the tests in the background has them ignore it, and their children too.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     try:
         assert process.stdout is not None
