@@ -3,6 +3,8 @@
 import pytest
 from serving import PATIENT, complete, prompt_of
 
+from kvferry.doctor import examine, gather
+
 NUM_TOKENS = 12
 LENGTHS = (5, 128, 129, 900)
 
@@ -46,3 +48,9 @@ def test_each_rank_has_its_own_slice_in_the_pool(pair):
     # 5 full blocks of 128 tokens, once a rank.
     assert pair.decode.metric("vllm:kvferry_pool_loaded_blocks_total") - loaded == 2 * 5
     pair.decode.wait_all_free()
+
+
+def test_the_doctor_finds_nothing_wrong_with_it(pair):
+    facts = gather(prefill=[str(pair.prefill.process.pid)], decode=[str(pair.decode.process.pid)])
+    assert ["--tensor-parallel-size" in side.command for side in facts.sides] == [False, True]
+    assert examine(facts) == []

@@ -167,3 +167,14 @@ def test_addresses_are_taken_apart(text: str, host: str, port: int | None) -> No
 def test_versions_are_numbers() -> None:
     assert version_tuple("0.11.0rc2+cpu") == (0, 11, 0)
     assert version_tuple("0.3.3.post2") == (0, 3, 3)
+
+
+@pytest.mark.parametrize("connector", ["KVFerryConnector", "LMCacheConnectorV1"])
+def test_sides_of_different_tensor_parallel_sizes_are_fine_where_the_connector_maps_them(connector: str) -> None:
+    def of(role: str, kv_role: str, port: int, size: int) -> Side:
+        config = {"kv_connector": connector, "kv_role": kv_role, "kv_load_failure_policy": "recompute"}
+        flags = ("--port", str(port), "--tensor-parallel-size", str(size), "--kv-transfer-config", json.dumps(config))
+        return side(role, "vllm", "serve", "m", *flags)
+
+    facts = Facts(sides=(of("prefill", "kv_producer", 8100, 1), of("decode", "kv_consumer", 8200, 2)))
+    assert ("KVF065" in ids(facts)) == (connector == "LMCacheConnectorV1")

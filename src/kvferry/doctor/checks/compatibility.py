@@ -60,15 +60,17 @@ def blocks(case: Case) -> Iterator[Finding]:
             yield _flag("KVF064", p, d, "--block-size", _or_default(mine, x), _or_default(theirs, y), str(x))
 
 
+_MAP_RANKS = frozenset({"KVFerryConnector", "MooncakeConnector", "MooncakeStoreConnector", "NixlConnector"})
+"""Connectors that carry head slices between sides of different tensor-parallel sizes."""
+
+
 def ranks(case: Case) -> Iterator[Finding]:
     """KVF065: tensor-parallel sizes that do not map to one another, or that the connector cannot map."""
     for p, d, a, b in _commands(case):
         if a.tp == b.tp:
             continue
         divides = max(a.tp, b.tp) % min(a.tp, b.tp) == 0
-        maps = not a.connectors or bool(
-            {"NixlConnector", "MooncakeConnector", "MooncakeStoreConnector"} & set(a.connectors)
-        )
+        maps = not a.connectors or bool(_MAP_RANKS & set(a.connectors))
         old = case.old_mooncake(p) or case.old_mooncake(d)
         if divides and maps and not old:
             continue
