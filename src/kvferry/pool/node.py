@@ -168,6 +168,8 @@ class PoolNode:
             quotas=self.settings.quotas,
         )
         self._tasks: dict[Peer, set[asyncio.Task[None]]] = {}
+        # Gets under way, and whether their reader still waits: its release may come before it has its lease.
+        self._wanted: dict[tuple[Peer, int], bool] = {}
         self._expiry: asyncio.Task[None] | None = None
 
     def _join(self, directory: Directory) -> Cluster:
@@ -261,11 +263,14 @@ class PoolNode:
             if len(tasks) >= MAX_REQUESTS_A_PEER:
                 _send(peer, Failed(request.id, "pool_exhausted", f"{len(tasks)} requests of yours are being served"))
                 return
+            if isinstance(request, GetBlocks):
+                self._wanted[peer, request.id] = True
             task = asyncio.get_running_loop().create_task(self._serve(peer, request))
             tasks.add(task)
             task.add_done_callback(tasks.discard)
         elif isinstance(request, Release):
-            self._leases.end(peer, request.id)
+            if not self._leases.end(peer, request.id) and (peer, request.id) in self._wanted:
+                self._wanted[peer, request.id] = False
         else:
             self._reply(peer, request.id, lambda: self._answer(peer, request))
 
@@ -300,7 +305,8 @@ class PoolNode:
             self.counts[f"failed_{error.cause}"] += 1
             _log.warning("request failed", peer=peer.name, cause=error.cause, error=str(error))
             reply = Failed(request.id, error.cause, error.message)
-        if not _send(peer, reply) and isinstance(reply, Leased):
+        wanted = self._wanted.pop((peer, request.id), True)
+        if not (_send(peer, reply) and wanted) and isinstance(reply, Leased):
             self._leases.end(peer, request.id)
 
     async def _work(self, peer: Peer, request: Work) -> Message:

@@ -15,7 +15,7 @@ import pytest
 
 from kvferry.errors import RegistrationError
 from kvferry.pool import BlockPart, BlockSpace, PoolClient, PoolNode, PoolSettings, Tier, pulling, whole
-from kvferry.pool.messages import PutBlocks
+from kvferry.pool.messages import GetBlocks, PutBlocks, Release
 from kvferry.transport.base import Region
 
 BLOCK = 16384
@@ -243,6 +243,19 @@ async def test_a_lease_that_ran_out_is_a_miss_and_frees_its_blocks() -> None:
         result = await client.get(names(1), whole(region, BLOCK), [0])
         assert (result.found, result.cause) == ([False], "lease_expired")
         assert node.counts["leases_expired"] == 1
+
+
+async def test_a_get_that_is_given_up_before_it_is_served_leaves_no_lease() -> None:
+    async with pair() as (node, client):
+        region, places = filled(client, 1)
+        assert (await client.put(names(1), whole(region, BLOCK), places)).stored == 1
+        peer = await client._connect(time.monotonic() + 5)
+        # Both are read before the get is served, so that the release finds no lease yet.
+        peer.send(msgspec.msgpack.encode(GetBlocks(7777, SPACE, names(1), BLOCK, True)))
+        peer.send(msgspec.msgpack.encode(Release(7777)))
+        assert (await client.get(names(1), whole(region, BLOCK), places)).found == [True]
+        assert (await client.stat()).leases == 0
+        assert not node._wanted
 
 
 async def test_a_put_that_was_given_up_is_not_stored() -> None:
