@@ -267,7 +267,8 @@ async def generate(port: int, clients: int, seconds: float, num_requests: int | 
         await asyncio.sleep(seconds)
     for client, done in made:
         client.stopping = num_requests is None
-        await asyncio.wait_for(done.wait(), 120)
+        async with asyncio.timeout(120):
+            await done.wait()
     took_s = time.perf_counter() - begun_s
     ttft = [t * 1000 for client, _ in made for t in client.ttft_s]
     total = [t * 1000 for client, _ in made for t in client.total_s]

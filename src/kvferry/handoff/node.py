@@ -465,7 +465,8 @@ class HandoffNode:
 
     async def _connect(self, wanted: Connect) -> None:
         try:
-            peer = await asyncio.wait_for(self._channel(wanted), max(0.0, wanted.deadline_s))
+            async with asyncio.timeout(max(0.0, wanted.deadline_s)):
+                peer = await self._channel(wanted)
         except TimeoutError:
             where = ", ".join(wanted.source.addresses)
             detail = f"no channel to {wanted.source.instance_id} at {where} within {wanted.deadline_s:.1f} s"

@@ -8,9 +8,10 @@ under no name, and the number that the directory was born with.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 import msgspec
@@ -65,13 +66,16 @@ class RedisDirectory(Directory):
         """
         Args:
             url: `redis://host:port/number`, or `rediss://` with TLS.
+            timeout_s: for one command, or one batch of a report.
         Raises: ConfigError for a URL that is none.
         """
-        self._url = url
+        self._url, self._timeout_s = url, timeout_s
         try:
             self._redis: Any = redis.asyncio.Redis.from_url(
                 url,
-                socket_timeout=timeout_s,
+                # Deadlines are `_asked`'s: redis-py's own stands on `asyncio.wait_for`, which before Python 3.12 loses
+                # a cancellation that comes as the command has been sent, and with it every deadline around the call.
+                socket_timeout=None,
                 socket_connect_timeout=timeout_s,
                 # Once more at once where a connection had been lost; redis-py's own retries would wait for long.
                 retry=Retry(NoBackoff(), 1, supported_errors=(ConnectionLost,)),
@@ -81,37 +85,35 @@ class RedisDirectory(Directory):
         self._prefixes: dict[BlockSpace, bytes] = {}
 
     async def renew(self, node: Incarnation, ttl_s: float) -> bool:
-        with self._errors():
+        async with self._asked():
             return bool(await self._redis.pexpire(_node_key(node), int(1000 * ttl_s)))
 
     async def join(self, node: Incarnation, address: str, ttl_s: float, *, seen: Epoch = FIRST) -> bool:
         keys = EPOCHS, NODES, _node_key(node)
-        with self._errors():
+        async with self._asked():
             return bool(await self._redis.eval(JOIN, 3, *keys, seen, f"{node:x}", address, int(1000 * ttl_s)))
 
     async def report(self, node: Incarnation, added: Sequence[BlockName], removed: Sequence[BlockName]) -> None:
         member = f"{node:x}"
-        with self._errors():
-            for command, names in (("srem", removed), ("sadd", added)):
-                for first in range(0, len(names), BATCH):
-                    async with self._redis.pipeline(transaction=False) as pipeline:
-                        call = getattr(pipeline, command)
-                        for space, block_hash in names[first : first + BATCH]:
-                            call(self._prefix(space) + block_hash, member)
-                        await pipeline.execute()
+        for command, names in (("srem", removed), ("sadd", added)):
+            for first in range(0, len(names), BATCH):
+                async with self._asked(), self._redis.pipeline(transaction=False) as pipeline:
+                    call = getattr(pipeline, command)
+                    for space, block_hash in names[first : first + BATCH]:
+                        call(self._prefix(space) + block_hash, member)
+                    await pipeline.execute()
 
     async def leave(self, node: Incarnation) -> None:
-        with self._errors():
-            async with self._redis.pipeline() as pipeline:
-                pipeline.delete(_node_key(node))
-                pipeline.srem(NODES, f"{node:x}")
-                await pipeline.execute()
+        async with self._asked(), self._redis.pipeline() as pipeline:
+            pipeline.delete(_node_key(node))
+            pipeline.srem(NODES, f"{node:x}")
+            await pipeline.execute()
 
     async def lookup(self, space: BlockSpace, hashes: Sequence[bytes]) -> list[tuple[str, ...]]:
         if not hashes:
             return []
         prefix = self._prefix(space)
-        with self._errors():
+        async with self._asked():
             holders: list[list[bytes]] = await self._redis.eval(HOLDERS, len(hashes), *(prefix + h for h in hashes))
             nodes = sorted(set().union(*holders))
             addresses = await self._addresses(nodes)
@@ -122,7 +124,7 @@ class RedisDirectory(Directory):
         return [tuple(sorted(addresses[n] for n in members if n in addresses)) for members in holders]
 
     async def nodes(self) -> dict[Incarnation, str]:
-        with self._errors():
+        async with self._asked():
             joined = sorted(await self._redis.smembers(NODES))
             addresses = await self._addresses(joined)
             for node in joined:
@@ -131,17 +133,16 @@ class RedisDirectory(Directory):
         return {Incarnation(int(node, 16)): address for node, address in addresses.items()}
 
     async def epochs(self) -> KnownEpochs:
-        with self._errors():
-            async with self._redis.pipeline() as pipeline:
-                pipeline.hsetnx(EPOCHS, BORN, new_epoch())
-                pipeline.hgetall(EPOCHS)
-                found: dict[bytes, bytes] = (await pipeline.execute())[1]
+        async with self._asked(), self._redis.pipeline() as pipeline:
+            pipeline.hsetnx(EPOCHS, BORN, new_epoch())
+            pipeline.hgetall(EPOCHS)
+            found: dict[bytes, bytes] = (await pipeline.execute())[1]
         latest, born = Epoch(int(found.pop(b"", FIRST))), Epoch(int(found.pop(BORN)))
         spaces = {msgspec.msgpack.decode(space, type=BlockSpace): Epoch(int(e)) for space, e in found.items()}
         return KnownEpochs(latest, spaces, born)
 
     async def change_epoch(self, space: BlockSpace, old: Epoch, new: Epoch) -> bool:
-        with self._errors():
+        async with self._asked():
             return bool(await self._redis.eval(CHANGE_EPOCH, 1, EPOCHS, msgspec.msgpack.encode(space), old, new))
 
     async def close(self) -> None:
@@ -164,12 +165,14 @@ class RedisDirectory(Directory):
             prefix = self._prefixes[space] = f"kvferry:block:{digest}:".encode()
         return prefix
 
-    @contextlib.contextmanager
-    def _errors(self) -> Iterator[None]:
+    @contextlib.asynccontextmanager
+    async def _asked(self) -> AsyncIterator[None]:
         try:
-            yield
+            async with asyncio.timeout(self._timeout_s):
+                yield
         except (RedisError, OSError, TimeoutError) as error:
-            raise TransportError(f"the directory {self._url} did not answer: {error}", peer=self._url) from error
+            why = str(error) or f"nothing came within {self._timeout_s:g} s"
+            raise TransportError(f"the directory {self._url} did not answer: {why}", peer=self._url) from error
 
 
 def _node_key(node: Incarnation) -> str:

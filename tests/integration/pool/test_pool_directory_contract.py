@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from pathlib import Path
 
@@ -101,3 +102,21 @@ async def test_tidying_spares_a_node_that_lives_again_meanwhile(tmp_path: Path) 
             assert await directory.lookup(SPACE, [b"1"]) == [("tcp://a:1",)]
         finally:
             await directory.close()
+
+
+async def test_a_call_that_is_cancelled_ends_wherever_it_is(directories: Views) -> None:
+    directory = directories()
+
+    async def ask_for_ever() -> None:
+        while True:
+            await directory.nodes()
+            await asyncio.sleep(0)
+
+    await directory.join(Incarnation(7), "here", 60.0)
+    for steps in range(60):
+        asking = asyncio.create_task(ask_for_ever())
+        for _ in range(steps):
+            await asyncio.sleep(0)
+        asking.cancel()
+        _, left = await asyncio.wait({asking}, timeout=10.0)
+        assert not left, f"cancelled after {steps} steps of the loop, and it goes on"

@@ -259,7 +259,8 @@ class EngineInstance:
         """Until told to stop, or the serving thread has died: a process that cannot serve must not look alive."""
         while not self._stop.is_set() and self.engine.healthy:
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._stop.wait(), 0.5)
+                async with asyncio.timeout(0.5):
+                    await self._stop.wait()
         if not self._stop.is_set():
             logging.getLogger(__name__).critical("the engine's serving loop has died; this process ends")
             raise RuntimeError("the engine's serving loop has died; its traceback is in the log above")
