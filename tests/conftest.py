@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import logging
 import os
 import shutil
 import threading
@@ -96,6 +97,18 @@ def leak_check(request: pytest.FixtureRequest) -> Iterator[None]:
         time.sleep(0.02)
         left = Held.now().beyond(before)
     assert not left, f"left behind {LEAK_GRACE_S} s after the test: {left}"
+
+
+@pytest.fixture(autouse=True)
+def own_logging() -> Iterator[None]:
+    """A test that configures the process's logs does so for itself: its stream is gone afterwards."""
+    root, ours = logging.getLogger(), logging.getLogger("kvferry")
+    before, levels = list(root.handlers), (root.level, ours.level)
+    yield
+    for handler in [h for h in root.handlers if h.get_name() == "kvferry" and h not in before]:
+        root.removeHandler(handler)
+    root.setLevel(levels[0])
+    ours.setLevel(levels[1])
 
 
 @pytest.fixture(scope="session", autouse=True)
