@@ -59,14 +59,17 @@ class Log:
     def error(self, event: str, /, **fields: Any) -> None:
         self._write(logging.ERROR, event, fields)
 
-    def exception(self, event: str, /, **fields: Any) -> None:
-        """An error line with the traceback of the exception being handled, for failures that nobody foresaw."""
-        self._write(logging.ERROR, event, fields, with_traceback=True)
+    def exception(self, event: str, /, *, of: BaseException | None = None, **fields: Any) -> None:
+        """An error line with the traceback of `of`, or of the exception being handled, for failures that nobody
+        foresaw."""
+        self._write(logging.ERROR, event, fields, traceback_of=of or True)
 
-    def _write(self, level: int, event: str, fields: Mapping[str, Any], with_traceback: bool = False) -> None:
+    def _write(
+        self, level: int, event: str, fields: Mapping[str, Any], traceback_of: BaseException | bool = False
+    ) -> None:
         if self._logger.isEnabledFor(level):
             extra = {_FIELDS: {**self._bound, **fields}}
-            self._logger.log(level, "%s", event, extra=extra, exc_info=with_traceback, stacklevel=3)
+            self._logger.log(level, "%s", event, extra=extra, exc_info=traceback_of, stacklevel=3)
 
 
 def get_log(name: str) -> Log:

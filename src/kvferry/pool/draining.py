@@ -10,7 +10,7 @@ import asyncio
 from typing import NamedTuple
 
 from kvferry.errors import KVError
-from kvferry.observe import get_log
+from kvferry.observe import get_log, start_background
 from kvferry.policy.replication import BlockHeat, leave_first
 from kvferry.pool.entries import Entry
 from kvferry.pool.index import BlockIndex
@@ -53,7 +53,7 @@ class Drain:
         """Drain, for no longer than `deadline_s`; goes on by itself. Only the first call has an effect."""
         if self._task is None:
             self._replicas.closed_to_more = True
-            self._task = asyncio.get_running_loop().create_task(self._run(deadline_s))
+            self._task = start_background(self._run(deadline_s), what="draining the node")
         return self.progress
 
     async def close(self) -> None:
@@ -63,21 +63,26 @@ class Drain:
             await asyncio.gather(self._task, return_exceptions=True)
 
     async def _run(self, deadline_s: float) -> None:
-        why = ""
+        why = "a bug; the node's log has its traceback"
         try:
             async with asyncio.timeout(deadline_s):
                 await self._replicas.close()
                 await self._copy_hot()
+            why = ""
         except TimeoutError:
             why = f"the deadline of {deadline_s:g} s passed"
         except KVError as error:
             why = f"{error.cause}: {error.message}"
-        progress = self.progress
-        await self._cluster.reporter.close()
-        left = progress.hot - progress.copied
-        why = why or ("no other node takes more" if left else "all copied")
-        self.progress = progress._replace(left=left, ended=why)
-        _log.info("drained", hot=progress.hot, copied=progress.copied, why=why)
+        except asyncio.CancelledError:
+            why = "the node was closed"
+            raise
+        finally:
+            # Whatever ended it: who waits for it is told, and the node does not stay in the directory.
+            await self._cluster.reporter.close()
+            left = self.progress.hot - self.progress.copied
+            why = why or ("no other node takes more" if left else "all copied")
+            self.progress = self.progress._replace(left=left, ended=why)
+        _log.info("drained", hot=self.progress.hot, copied=self.progress.copied, why=why)
 
     async def _copy_hot(self) -> None:
         entries = [entry for entry in self._index.all_in_host() if entry.reuses]

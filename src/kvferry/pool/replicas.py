@@ -19,7 +19,7 @@ import numpy as np
 import xxhash
 
 from kvferry.errors import IntegrityError, KVError, LeaseExpired, PoolExhausted
-from kvferry.observe import get_log
+from kvferry.observe import get_log, start_background
 from kvferry.policy.eviction import Place
 from kvferry.policy.replication import BlockHeat, HeatTable, admit_replicas, choose_node, deserve_replica
 from kvferry.pool.entries import Entry, Put
@@ -75,7 +75,7 @@ class Replicas:
     def start(self) -> None:
         """Begin to look for hot blocks, if copies of them are wanted."""
         if self._max_copies > 1:
-            self._task = asyncio.get_running_loop().create_task(self._run())
+            self._task = start_background(self._run(), what="copies of hot blocks")
 
     async def close(self) -> None:
         """Offer nothing more. Idempotent."""

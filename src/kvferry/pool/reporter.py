@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Awaitable, Callable
 
 from kvferry.errors import KVError, TransportError
-from kvferry.observe import get_log
+from kvferry.observe import get_log, start_background
 from kvferry.pool.directory import BlockName, Directory
 from kvferry.pool.epochs import FIRST, Epoch, new_epoch
 from kvferry.pool.index import BlockIndex
@@ -56,7 +56,7 @@ class Reporter:
 
     def start(self) -> None:
         """Begin to report; an absent directory is tried again until it is there."""
-        self._task = asyncio.get_running_loop().create_task(self._run())
+        self._task = start_background(self._run(), what="reports to the pool's directory")
 
     async def close(self) -> None:
         """Leave the directory, as far as it can be told. Idempotent."""

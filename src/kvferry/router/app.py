@@ -11,7 +11,7 @@ from contextlib import suppress
 
 from kvferry.config import Settings
 from kvferry.errors import ConfigError
-from kvferry.observe import get_log, port_taken
+from kvferry.observe import get_log, port_taken, start_background
 from kvferry.policy.admission import admit, retry_after_s
 from kvferry.router.control import Control, unknown_model
 from kvferry.router.errors import BadRequest, error_body
@@ -85,10 +85,13 @@ class Router:
         self._mean_request_s = 0.0
         self._pumping = False
         self._drained: asyncio.Event | None = None
-        self._control = Control(self._shared, secret, self._exchanges)
+        self._tasks: list[asyncio.Task[None]] = []
+        # Nobody's deadline is kept once the sweep has died: a router that can't end a request must not look healthy.
+        self._control = Control(
+            self._shared, secret, self._exchanges, alive=lambda: not any(task.done() for task in self._tasks)
+        )
         limits = limits or Limits(max_body_bytes=own.max_body_bytes)
         self._server = HttpServer(self._handle, limits, lambda status: self.metrics.refused.labels(status).inc())
-        self._tasks: list[asyncio.Task[None]] = []
         self.host, self.port = own.host, own.port
 
     @property
@@ -108,10 +111,10 @@ class Router:
             if error.errno == errno.EADDRINUSE:
                 raise port_taken(own.host, own.port, "router.port") from error
             raise ConfigError(f"router.host: cannot bind {own.host} port {own.port}: {error}") from error
-        self._tasks = [asyncio.create_task(self._sweep(), name="router-sweep")]
+        self._tasks = [start_background(self._sweep(), what="expiry of instances and deadlines")]
         if self._upstreams:
             polling = poll_upstreams(self._upstreams, self.fleet, self._pool, every_s=own.heartbeat_s)
-            self._tasks.append(asyncio.create_task(polling, name="router-poll"))
+            self._tasks.append(start_background(polling, what="polling of instances that do not register"))
         _log.info("router listens", url=self.url)
 
     async def close(self) -> None:
@@ -130,9 +133,7 @@ class Router:
         self._server.abort()
         for task in self._tasks:
             task.cancel()
-        for task in self._tasks:
-            with suppress(asyncio.CancelledError):
-                await task
+        await asyncio.gather(*self._tasks, return_exceptions=True)
         self._pool.close()
         await asyncio.sleep(0)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import urllib.parse
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import msgspec
@@ -30,10 +30,13 @@ _log = get_log("kvferry.router")
 class Control:
     """Handlers of everything but completions."""
 
-    def __init__(self, shared: Surroundings, secret: bytes | None, exchanges: Iterable[Exchange]) -> None:
+    def __init__(
+        self, shared: Surroundings, secret: bytes | None, exchanges: Iterable[Exchange], *, alive: Callable[[], bool]
+    ) -> None:
         self._shared = shared
         self._secret = secret
         self._exchanges = exchanges
+        self._alive = alive
         self._refusals = Refusals()
         self.draining = False
 
@@ -63,7 +66,10 @@ class Control:
     def _open(self, path: str, response: Response) -> None:
         match path:
             case "/health":
-                response.respond(200, b'{"status":"ok"}')
+                if self._alive():
+                    response.respond(200, b'{"status":"ok"}')
+                else:
+                    response.respond(503, error_body(503, "a part of this router died; its log has the traceback"))
             case "/ready":
                 self._ready(response)
             case "/metrics":

@@ -48,6 +48,24 @@ async def test_register_heartbeat_and_leave(cluster: Cluster) -> None:
     assert len(router.fleet.membership) == 0
 
 
+async def test_a_router_whose_deadlines_nobody_keeps_any_more_is_not_healthy(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    router = await cluster.start()
+    http = cluster.session()
+    async with http.get("/health") as answer:
+        assert answer.status == 200
+    monkeypatch.setattr(router.fleet, "expire", lambda now_s: 1 // 0)
+    async with asyncio.timeout(10.0):
+        status = 200
+        while status == 200:
+            await asyncio.sleep(0.02)
+            async with http.get("/health") as answer:
+                status = answer.status
+    assert status == 503
+    assert "a background task died" in caplog.text and "ZeroDivisionError" in caplog.text
+
+
 async def test_silence_ends_a_registration(cluster: Cluster) -> None:
     await cluster.start(ttl_s=0.3)
     http = cluster.session()
