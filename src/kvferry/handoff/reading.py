@@ -15,6 +15,7 @@ from kvferry.handoff.words import WORD_BYTES
 from kvferry.layout import Fingerprint, KVLayout, plan_copy
 from kvferry.protocol.events import StartRead
 from kvferry.transport.base import BlockList, Guard, Region, RemoteRegion
+from kvferry.wire import Codec
 
 
 class NodeHello(msgspec.Struct, frozen=True):
@@ -25,6 +26,9 @@ class NodeHello(msgspec.Struct, frozen=True):
     layout: KVLayout
     regions: tuple[int, ...]
     words_region: int
+
+
+hellos: Codec[NodeHello] = Codec(NodeHello)
 
 
 class PullPlan(NamedTuple):
