@@ -19,13 +19,14 @@ import msgspec
 from rich.console import Console
 from rich.markup import escape
 
+from kvferry.cluster.arrivals import Load
 from kvferry.cluster.demo import print_rows, run_demo
 from kvferry.cluster.instances import VllmOptions
 from kvferry.cluster.live import show_live
-from kvferry.cluster.load import Load, print_measured, run_load
+from kvferry.cluster.load import print_measured, run_load
 from kvferry.cluster.local import ClusterPlan, LocalCluster
 from kvferry.cluster.router_view import RouterView
-from kvferry.config import Settings, add_flags, load_settings
+from kvferry.config import Settings, add_flags, load_settings, parse_time
 from kvferry.errors import ConfigError, PeerGone
 
 MAX_DEMO_REQUESTS = 500
@@ -91,9 +92,12 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
     load = subparsers.add_parser(
         "load",
         help="put load on a running router and measure what its clients see",
-        description="Send random prompts to a running router or instance; print TTFT, ITL, TPOT and latency.",
+        description="Send random prompts, or prompts of a trace's lengths and shared prefixes, to a running router or "
+        "instance; print TTFT, ITL, TPOT and latency.",
     )
-    load.add_argument("url", nargs="?", help="http URL (default: cluster.router_url, or router.port here)")
+    load.add_argument(
+        "url", nargs="*", help="http URL (default: cluster.router_url, or router.port here); several get it in turns"
+    )
     for name, default, text in (
         ("requests", 64, "how many"),
         ("concurrency", 8, "requests at a time"),
@@ -101,7 +105,16 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
         ("max-tokens", 64, "length of each answer"),
     ):
         load.add_argument(f"--{name}", type=_amount, default=default, metavar="N", help=f"{text} (default: {default})")
-    load.add_argument("--seed", type=int, default=0, metavar="N", help="of the prompts (default: 0)")
+    load.add_argument("--seed", type=int, default=0, metavar="N", help="of the prompts and times (default: 0)")
+    load.add_argument(
+        "--rate", type=_above_zero, metavar="R", help="requests a second at random times, answered or not"
+    )
+    load.add_argument("--trace", metavar="FILE", help="lengths, prefixes and (without --rate) times of these requests")
+    load.add_argument(
+        "--scale", type=_above_zero, default=1.0, metavar="F", help="of the trace's lengths (default: %(default)g)"
+    )
+    load.add_argument("--ttft-limit", type=_time, metavar="TIME", help="a request with a later first token is not good")
+    load.add_argument("--tpot-limit", type=_time, metavar="TIME", help="one with more time a token is not good")
     load.add_argument("--json", action="store_true", help="print one JSON object as the last line")
     load.set_defaults(run=run_the_load)
 
@@ -143,7 +156,7 @@ def run_the_demo(args: argparse.Namespace) -> int:
 
 def run_top(args: argparse.Namespace) -> int:
     """`kvferry top`: 0 after Ctrl-C."""
-    url = _url(args)
+    url = _url(args, args.url)
 
     async def show() -> int:
         async with RouterView(url) as router:
@@ -156,11 +169,23 @@ def run_top(args: argparse.Namespace) -> int:
 
 def run_the_load(args: argparse.Namespace) -> int:
     """`kvferry load`: 0 only if every request was answered."""
-    load = Load(args.requests, args.concurrency, args.prompt_tokens, args.max_tokens, args.seed)
+    load = Load(
+        args.requests,
+        args.concurrency,
+        args.prompt_tokens,
+        args.max_tokens,
+        args.seed,
+        args.rate,
+        args.trace,
+        args.scale,
+        args.ttft_limit,
+        args.tpot_limit,
+    )
+    urls = [_url(args, url) for url in args.url or [None]]
     console = Console()
 
     async def measure() -> int:
-        measured = await run_load(_url(args), load, lambda line: console.print(line, style="dim", highlight=False))
+        measured = await run_load(urls, load, lambda line: console.print(line, style="dim", highlight=False))
         print_measured(measured, console)
         if args.json:
             sys.stdout.write(msgspec.json.encode(measured).decode() + "\n")
@@ -287,10 +312,10 @@ def _vllm_command(given: str | None) -> tuple[str, ...]:
     return (found,)
 
 
-def _url(args: argparse.Namespace) -> str:
+def _url(args: argparse.Namespace, given: str | None) -> str:
     """The router's URL as given, else from the settings."""
     settings = load_settings(args)
-    url: str = args.url or settings.cluster.router_url or f"http://{settings.router.host}:{settings.router.port}"
+    url: str = given or settings.cluster.router_url or f"http://{settings.router.host}:{settings.router.port}"
     try:
         parts = urllib.parse.urlsplit(url)
         good = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
@@ -313,3 +338,18 @@ def _between(low: int, high: int) -> Callable[[str], int]:
 
 
 _amount, _count, _port = _between(1, 1_000_000), _between(1, 1024), _between(0, 65535)
+
+
+def _above_zero(text: str) -> float:
+    """The type of a flag that takes a number above zero."""
+    if re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9})?|\.[0-9]{1,9}", text, re.ASCII) is None or not float(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no number above zero, such as 0.5 or 12")
+    return float(text)
+
+
+def _time(text: str) -> float:
+    """The type of a flag that takes a time, in seconds."""
+    try:
+        return parse_time(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error

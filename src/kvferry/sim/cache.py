@@ -1,9 +1,8 @@
 """`kvferry sim cache`: replay a request trace through the pool's eviction policies, with Belady's bound beside them.
 
-A trace has one JSON object a line: `input_length` in tokens and `hash_ids`, one id for each block of the prompt,
-chained over the prefix. A request hits the longest run of cached blocks from its beginning; its tokens count as
-min(blocks x block tokens, input_length). Then its blocks are used, in the order that the policy wants, and each
-absent one comes in, for which another leaves where the cache is full.
+The trace is one of `kvferry.request_trace`. A request hits the longest run of cached blocks from its beginning; its
+tokens count as min(blocks x block tokens, input_length). Then its blocks are used, in the order that the policy wants,
+and each absent one comes in, for which another leaves where the cache is full.
 """
 
 from __future__ import annotations
@@ -21,17 +20,10 @@ import msgspec
 from kvferry.errors import ConfigError
 from kvferry.policy.eviction import EvictionPolicy, Place
 from kvferry.policy.eviction_choice import create_eviction
+from kvferry.request_trace import BLOCK_TOKENS, TracedRequest, read_request_trace
 
-BLOCK_TOKENS = 512
 BELADY = "belady"
 UNBOUNDED = "unbounded"
-
-
-class Request(msgspec.Struct, frozen=True):
-    """One line of a trace; other fields are ignored."""
-
-    input_length: int
-    hash_ids: tuple[int, ...]
 
 
 class HitRatio(msgspec.Struct, frozen=True):
@@ -46,27 +38,8 @@ class HitRatio(msgspec.Struct, frozen=True):
     seconds: float
 
 
-def read_trace(path: Path) -> list[Request]:
-    """The requests in file order.
-
-    Raises: ConfigError for a file that is absent, empty or no trace.
-    """
-    decoder = msgspec.json.Decoder(Request)
-    requests: list[Request] = []
-    try:
-        with path.open("rb") as lines:
-            requests.extend(decoder.decode(line) for line in lines if line.strip())
-    except OSError as error:
-        raise ConfigError(f"the trace {path} cannot be read: {error.strerror}") from error
-    except msgspec.MsgspecError as error:
-        raise ConfigError(f"line {len(requests) + 1} of {path} is no request of a trace: {error}") from error
-    if not requests:
-        raise ConfigError(f"the trace {path} is empty; expected one JSON object a line")
-    return requests
-
-
 def replay(
-    requests: Sequence[Request], policy: str, capacity_tokens: int, block_tokens: int = BLOCK_TOKENS
+    requests: Sequence[TracedRequest], policy: str, capacity_tokens: int, block_tokens: int = BLOCK_TOKENS
 ) -> HitRatio:
     """Run one policy over the trace with room for `capacity_tokens // block_tokens` blocks.
 
@@ -100,7 +73,7 @@ def use_prompt(cache: EvictionPolicy[int], keys: Sequence[int], capacity: int) -
     return evictions
 
 
-def belady(requests: Sequence[Request], capacity_tokens: int, block_tokens: int = BLOCK_TOKENS) -> HitRatio:
+def belady(requests: Sequence[TracedRequest], capacity_tokens: int, block_tokens: int = BLOCK_TOKENS) -> HitRatio:
     """Belady's bound: the block whose next use is farthest leaves, and one that is not used again is not kept.
 
     No policy can have more block hits, as it knows the future; the bound counts each of them, also behind a miss.
@@ -135,7 +108,7 @@ def belady(requests: Sequence[Request], capacity_tokens: int, block_tokens: int 
     return _ratio(BELADY, capacity_tokens, hit_tokens, requests, evictions, seconds)
 
 
-def unbounded(requests: Sequence[Request], block_tokens: int = BLOCK_TOKENS) -> HitRatio:
+def unbounded(requests: Sequence[TracedRequest], block_tokens: int = BLOCK_TOKENS) -> HitRatio:
     """A cache that never loses a block."""
     seen: set[int] = set()
     began_s, hit_tokens = time.perf_counter(), 0
@@ -150,9 +123,9 @@ def unbounded(requests: Sequence[Request], block_tokens: int = BLOCK_TOKENS) -> 
 def replay_all(path: Path, policies: Sequence[str], capacities: Sequence[int], *, num_processes: int) -> list[HitRatio]:
     """Every policy and Belady's bound at every capacity, then the unbounded cache; spread over processes.
 
-    Raises: ConfigError as `read_trace` and `replay` do.
+    Raises: ConfigError as `read_request_trace` and `replay` do.
     """
-    requests = read_trace(path)
+    requests = read_request_trace(path)
     for policy in policies:
         create_eviction(policy, 1, int)
     runs = [(path, policy, capacity) for policy in [*policies, BELADY] for capacity in capacities]
@@ -168,16 +141,16 @@ def _replay_file(run: tuple[Path, str, int]) -> HitRatio:
 
 
 @functools.cache
-def _trace_here(path: Path) -> list[Request]:
+def _trace_here(path: Path) -> list[TracedRequest]:
     # One reading serves all runs of a process.
-    return read_trace(path)
+    return read_request_trace(path)
 
 
 def _ratio(
     policy: str,
     capacity_tokens: int | None,
     hit_tokens: int,
-    requests: Sequence[Request],
+    requests: Sequence[TracedRequest],
     evictions: int,
     seconds: float,
 ) -> HitRatio:

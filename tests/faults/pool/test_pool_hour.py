@@ -15,7 +15,7 @@ from kvferry.pool.entries import Entry
 from kvferry.pool.index import BlockIndex
 from kvferry.pool.keys import BlockSpace
 from kvferry.pool.leases import Leases
-from kvferry.sim.cache import Request, read_trace
+from kvferry.request_trace import TracedRequest, read_request_trace
 from kvferry.transport.base import Region
 from kvferry.transport.memory import SharedBuffer
 
@@ -24,16 +24,16 @@ SPACES = (BlockSpace(b"f" * 32, "a"), BlockSpace(b"f" * 32, "b"))
 SLAB = 4096
 
 
-def an_hour() -> list[Request]:
+def an_hour() -> list[TracedRequest]:
     """The conversation trace where it is; else as many made-up conversations whose turns come back."""
     if TRACE.exists():
-        return read_trace(TRACE)
+        return read_request_trace(TRACE)
     rng, chats = np.random.default_rng(5), [list[int]() for _ in range(400)]
     requests = []
     for number in range(6000):
         chat = chats[int(rng.zipf(1.3)) % len(chats)]
         chat.extend(range(number * 16, number * 16 + int(rng.integers(1, 12))))
-        requests.append(Request(512 * len(chat), tuple(chat)))
+        requests.append(TracedRequest(512 * len(chat), tuple(chat)))
     return requests
 
 

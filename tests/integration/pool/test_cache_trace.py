@@ -10,7 +10,8 @@ from kvferry.policy.eviction_choice import BEST_POLICY
 from kvferry.pool.arena import Arena, arena_bytes
 from kvferry.pool.index import BlockIndex
 from kvferry.pool.keys import BlockSpace
-from kvferry.sim.cache import belady, read_trace, replay, unbounded
+from kvferry.request_trace import read_request_trace
+from kvferry.sim.cache import belady, replay, unbounded
 from kvferry.transport.base import Region
 from kvferry.transport.memory import SharedBuffer
 
@@ -24,7 +25,7 @@ pytestmark = [
 
 
 def test_the_conversation_trace_gives_the_known_figures() -> None:
-    requests = read_trace(TRACE)
+    requests = read_request_trace(TRACE)
     assert round(100 * unbounded(requests).hit_ratio, 2) == 37.36
     lru = [replay(requests, "lru", capacity) for capacity in (3_000_000, 10_000_000, 50_000_000)]
     assert [round(100 * result.hit_ratio, 2) for result in lru] == [13.82, 29.08, 37.07]
@@ -36,7 +37,7 @@ def test_the_conversation_trace_gives_the_known_figures() -> None:
 
 @pytest.mark.parametrize("policy", ["lru", BEST_POLICY])
 def test_the_live_index_hits_as_often_as_the_replay_promises(policy: str) -> None:
-    requests, capacity = read_trace(TRACE)[:3000], 2000
+    requests, capacity = read_request_trace(TRACE)[:3000], 2000
     buffer = SharedBuffer(arena_bytes(capacity, 1, 8))
     region = Region(1, buffer.address, buffer.nbytes, "0" * 32, buffer=buffer.array)
     index = BlockIndex(Arena(region, slab_bytes=1, num_words=8), eviction=policy)

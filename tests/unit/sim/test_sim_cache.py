@@ -9,11 +9,12 @@ import pytest
 
 from kvferry.cli import main
 from kvferry.errors import ConfigError
-from kvferry.sim.cache import Request, belady, parse_capacities, read_trace, replay, unbounded
+from kvferry.request_trace import TracedRequest, read_request_trace
+from kvferry.sim.cache import belady, parse_capacities, replay, unbounded
 
 
 def test_only_the_prefix_hits_and_the_last_block_counts_its_tokens() -> None:
-    requests = [Request(1024, (1, 2)), Request(700, (1, 2)), Request(1024, (3, 2))]
+    requests = [TracedRequest(1024, (1, 2)), TracedRequest(700, (1, 2)), TracedRequest(1024, (3, 2))]
     result = unbounded(requests)
     assert result.hit_tokens == 700
     assert result.input_tokens == 2748
@@ -21,7 +22,7 @@ def test_only_the_prefix_hits_and_the_last_block_counts_its_tokens() -> None:
 
 
 def test_lru_loses_what_a_full_cache_must_and_belady_does_not() -> None:
-    requests = [Request(512, (key,)) for key in (1, 2, 3, 1, 2, 3)]
+    requests = [TracedRequest(512, (key,)) for key in (1, 2, 3, 1, 2, 3)]
     lru, bound = replay(requests, "lru", 2 * 512), belady(requests, 2 * 512)
     assert (lru.hit_tokens, lru.evictions) == (0, 4)
     assert bound.hit_tokens == 2 * 512
@@ -67,5 +68,5 @@ def test_a_line_that_is_no_request_is_named(tmp_path: Path) -> None:
     path = tmp_path / "trace.jsonl"
     path.write_text('{"input_length": 5}\n')
     with pytest.raises(ConfigError, match="is no request of a trace"):
-        read_trace(path)
+        read_request_trace(path)
     assert parse_capacities("3M,512,3M") == (512, 3_000_000)
