@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -13,6 +12,7 @@ from typing import Any
 from kvferry.pool.bench.cases import CASES, Goal, Scale
 from kvferry.pool.bench.worker import SYSTEMS
 from kvferry.transfer.bench.runner import describe_machine
+from kvferry.transfer.bench.turns import turns
 
 WITHIN_S = 300.0
 Seen = dict[tuple[str, str], list[dict[str, Any]]]
@@ -44,22 +44,17 @@ def run_rounds(
     kinds = {CASES[name].kind for name in cases}
     order = [name for name in _with_rivals(systems, cases) if SYSTEMS[name].kinds & kinds]
     try:
-        for number in range(rounds):
-            # Each round begins with another system.
-            for name in order[number % len(order) :] + order[: number % len(order)]:
-                if name in skipped:
-                    continue
-                say(f"round {number + 1} of {rounds}: {name} (load {os.getloadavg()[0]:.1f})")
-                try:
-                    results = run_round(name, cases, scale, peers)
-                except (RuntimeError, ValueError) as error:
-                    skipped[name] = f"failed: {error}"
-                    continue
-                for result in results:
-                    if "why_not" in result:
-                        skipped[name] = result["why_not"]
-                    else:
-                        seen.setdefault((name, result["case"]), []).append(result)
+        for name in turns(order, rounds, skipped, say):
+            try:
+                results = run_round(name, cases, scale, peers)
+            except (RuntimeError, ValueError) as error:
+                skipped[name] = f"failed: {error}"
+                continue
+            for result in results:
+                if "why_not" in result:
+                    skipped[name] = result["why_not"]
+                else:
+                    seen.setdefault((name, result["case"]), []).append(result)
     except KeyboardInterrupt:
         say("stopped: the figures are those of the rounds so far")
     machine = describe_machine()

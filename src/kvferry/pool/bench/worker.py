@@ -14,6 +14,7 @@ from kvferry.pool.bench.lmcache import LMCache
 from kvferry.pool.bench.ours import Kvferry, KvferryRedis, KvferryTcp
 from kvferry.pool.bench.peers import Fio, Mooncake, Redis
 from kvferry.pool.bench.stores import Memcpy, System
+from kvferry.transfer.bench.turns import claim_output
 
 _classes: tuple[type[System], ...] = (Memcpy, Fio, Kvferry, KvferryTcp, KvferryRedis, Mooncake, Redis, LMCache)
 SYSTEMS: dict[str, type[System]] = {system.name: system for system in _classes}
@@ -23,9 +24,7 @@ def main() -> None:
     """Run the round. Raises: whatever the system raises."""
     given = json.loads(sys.argv[1])
     sys.path += given["peers"]
-    # Systems log to standard output; the results go through a copy of it.
-    told = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
+    told = claim_output()
     system = SYSTEMS[given["system"]]
     why_not = system.why_not()
     if why_not is not None:

@@ -8,6 +8,7 @@ import platform
 import statistics
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,11 @@ from typing import Any
 import numpy as np
 
 from kvferry.transfer.bench.cases import cases
+from kvferry.transfer.bench.turns import turns
 from kvferry.transfer.bench.worker import SYSTEMS
 
 WITHIN_S = 180.0
+"""A half that is not done by then is killed, and its system is skipped with what it wrote last."""
 
 
 class Pair:
@@ -52,6 +55,9 @@ class _Half:
             text=True,
             env=os.environ | {"UCX_LOG_LEVEL": "error", "NIXL_LOG_LEVEL": "ERROR"},
         )
+        self._watch = threading.Timer(WITHIN_S, self._process.kill)
+        self._watch.daemon = True
+        self._watch.start()
 
     def say(self, value: Any) -> None:
         assert self._process.stdin is not None
@@ -71,6 +77,7 @@ class _Half:
         return self
 
     def __exit__(self, *exc: object) -> None:
+        self._watch.cancel()
         for stream in (self._process.stdin, self._process.stdout):
             if stream is not None and not stream.closed:
                 try:
@@ -117,22 +124,18 @@ def _measure(
     seen: dict[tuple[str, str], list[dict[str, Any]]],
     skipped: dict[str, str],
 ) -> None:
-    """Fill `seen` and `skipped`, round after round; each round begins with another system."""
-    for number in range(rounds):
-        for name in order[number % len(order) :] + order[: number % len(order)]:
-            if name in skipped:
-                continue
-            say(f"round {number + 1} of {rounds}: {name} (load {os.getloadavg()[0]:.1f})")
-            try:
-                results = Pair(name, wanted, nbytes, peers).run()
-            except (RuntimeError, ValueError, BrokenPipeError) as error:
-                skipped[name] = f"failed: {error}"
-                continue
-            if "why_not" in results[0]:
-                skipped[name] = results[0]["why_not"]
-                continue
-            for result in results:
-                seen.setdefault((name, result["case"]), []).append(result)
+    """Fill `seen` and `skipped`, round after round."""
+    for name in turns(order, rounds, skipped, say):
+        try:
+            results = Pair(name, wanted, nbytes, peers).run()
+        except (RuntimeError, ValueError, BrokenPipeError) as error:
+            skipped[name] = f"failed: {error}"
+            continue
+        if "why_not" in results[0]:
+            skipped[name] = results[0]["why_not"]
+            continue
+        for result in results:
+            seen.setdefault((name, result["case"]), []).append(result)
 
 
 def _figures(name: str, case: str, seen: dict[tuple[str, str], list[dict[str, Any]]], nbytes: int) -> dict[str, Any]:

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from typing import Any
 
@@ -24,6 +23,7 @@ from kvferry.transfer.bench.systems import (
     Reader,
     System,
 )
+from kvferry.transfer.bench.turns import claim_output
 
 _classes: tuple[type[System], ...] = (
     Memcpy,
@@ -43,9 +43,7 @@ def main() -> None:
     """Run one half until standard input ends."""
     given = json.loads(sys.argv[1])
     sys.path += given["peers"]
-    # Systems log to standard output; what is said to the runner goes through a copy of it.
-    told = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
+    told = claim_output()
 
     def tell(value: Any) -> None:
         told.write(json.dumps(value) + "\n")
