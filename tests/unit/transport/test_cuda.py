@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import ctypes
 import importlib
 import secrets
-import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
-from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -29,147 +25,13 @@ from kvferry.transport.base import BlockList, Guard, Region, RemoteRegion, StopT
 from kvferry.transport.copying import Limits
 from kvferry.transport.registry import TransportContext, TransportSettings
 from kvferry.types import new_incarnation
-
-ROOM = ("cuda", "cuda_copy", "cuda_runtime", "cuda_kernels")
-
-
-class Tile(NamedTuple):
-    rows: int
-    cols: int
-    warps: int
-
-
-class FakeGpu:
-    """What the transport asked of the GPU. `pending` is how many queries an event stays unfinished for."""
-
-    def __init__(self) -> None:
-        self.launches: list[int] = []
-        self.uploads: list[int] = []
-        self.opened: list[int] = []
-        self.closed: list[int] = []
-        self.pinned: list[int] = []
-        self.unpinned: list[int] = []
-        self.pending = 0
-        self.queries_left: dict[int, int] = {}
-        self.unfinished_at_raise = 0
-        self.on_launch: Any = None
-        self._next = 1000
-        self._kept: list[Any] = []
-
-    def number(self) -> int:
-        self._next += 1
-        return self._next
-
-    def memory(self, nbytes: int) -> int:
-        block = np.zeros(nbytes + 64, dtype=np.uint8)
-        self._kept.append(block)
-        return block.ctypes.data + -block.ctypes.data % 64
-
-    def record(self, event: int, stream: int) -> None:
-        self.queries_left[event] = self.pending
-
-    def is_done(self, event: int) -> bool:
-        left = self.queries_left.get(event, 0)
-        self.queries_left[event] = max(0, left - 1)
-        return left == 0
-
-    def runtime(self) -> ModuleType:
-        module: Any = ModuleType("kvferry.transport.cuda_runtime")
-        gpu = self
-
-        class IpcHandle(NamedTuple):
-            handle: bytes
-            offset: int
-
-        class PinnedArray:
-            def __init__(self, count: int) -> None:
-                self.address = gpu.memory(count * 8)
-                self.values = np.frombuffer((ctypes.c_int64 * count).from_address(self.address), dtype=np.int64)
-
-            def close(self) -> None:
-                pass
-
-        def enter(device: int) -> int:
-            return device
-
-        def leave(before: int, device: int) -> None:
-            pass
-
-        def wait_for(stream: int, event: int) -> None:
-            pass
-
-        @contextmanager
-        def use(device: int) -> Iterator[None]:
-            yield
-
-        def ipc_handle(address: int, nbytes: int, device: int) -> IpcHandle:
-            return IpcHandle((address - 64).to_bytes(8, "little"), 64)
-
-        def open_ipc_handle(handle: bytes) -> int:
-            gpu.opened.append(int.from_bytes(handle, "little"))
-            return gpu.opened[-1]
-
-        def pin(address: int, nbytes: int) -> bool:
-            gpu.pinned.append(address)
-            return True
-
-        def upload(target: int, source: int, nbytes: int, stream: int) -> None:
-            gpu.uploads.append(nbytes)
-            ctypes.memmove(target, source, nbytes)
-
-        module.IpcHandle, module.PinnedArray, module.use = IpcHandle, PinnedArray, use
-        module.ipc_handle, module.open_ipc_handle, module.pin, module.upload = ipc_handle, open_ipc_handle, pin, upload
-        module.device_uuids = lambda: ["aa" * 16, "bb" * 16]
-        module.close_ipc_handle = gpu.closed.append
-        module.unpin = gpu.unpinned.append
-        module.enable_peer_access = lambda device: None
-        module.allocate, module.free = gpu.memory, lambda address: None
-        module.new_stream = module.new_event = gpu.number
-        module.destroy_stream = module.destroy_event = lambda handle: None
-        module.enter, module.leave, module.wait_for = enter, leave, wait_for
-        module.record, module.is_done = gpu.record, gpu.is_done
-        return module
-
-    def kernels(self) -> ModuleType:
-        module: Any = ModuleType("kvferry.transport.cuda_kernels")
-        gpu = self
-
-        class Launcher:
-            def warm(self, nbytes: int, total_bytes: int) -> None:
-                pass
-
-            def copy(self, table: int, n: int, nbytes: int, **_: Any) -> None:
-                at = np.frombuffer((ctypes.c_int64 * (2 * n)).from_address(table), dtype=np.int64)
-                for source, target in zip(at[:n].tolist(), at[n:].tolist(), strict=True):
-                    ctypes.memmove(target, source, nbytes)
-                gpu.launches.append(n * nbytes)
-                if gpu.on_launch is not None:
-                    gpu.on_launch()
-
-            def load_word(self, word: int, slot: int, *, stream: int) -> None:
-                ctypes.memmove(slot, word, 8)
-
-        module.Launcher, module.Tile, module.LARGE_LAUNCH_BYTES = Launcher, Tile, 8 << 20
-        module.tile_for = lambda nbytes, total_bytes: Tile(1, 4096, 8)
-        module.is_aligned = lambda table: not int(np.bitwise_or.reduce(table)) & 15
-        return module
+from pretended_gpu import FakeGpu, pretended_gpu
 
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeGpu]:
-    fake = FakeGpu()
-    for name in ROOM:
-        monkeypatch.delitem(sys.modules, f"kvferry.transport.{name}", raising=False)
-    monkeypatch.setitem(sys.modules, "kvferry.transport.cuda_runtime", fake.runtime())
-    monkeypatch.setitem(sys.modules, "kvferry.transport.cuda_kernels", fake.kernels())
-    package = importlib.import_module("kvferry.transport")
-    for name in ("cuda_runtime", "cuda_kernels"):
-        monkeypatch.setattr(package, name, sys.modules[f"kvferry.transport.{name}"], raising=False)
-    yield fake
-    for name in ("cuda", "cuda_copy"):
-        sys.modules.pop(f"kvferry.transport.{name}", None)
-        if hasattr(package, name):
-            delattr(package, name)
+    with pretended_gpu(monkeypatch) as fake:
+        yield fake
 
 
 class Side:
