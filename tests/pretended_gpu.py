@@ -15,8 +15,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 
+from kvferry.transport.checksum import SUM, sums_of_blocks
+
 PACKAGES = {
-    "kvferry.transport": ("cuda", "cuda_copy", "cuda_runtime", "cuda_kernels"),
+    "kvferry.transport": ("cuda", "cuda_merge", "cuda_copy", "cuda_runtime", "cuda_kernels"),
     "kvferry.pool": ("device", "pinning"),
 }
 
@@ -116,6 +118,13 @@ class FakeGpu:
                 self.require(target, nbytes, writing=True)
             ctypes.memmove(target, source, nbytes)
 
+    def sum(self, table: int, n: int, nbytes: int, sums: int) -> None:
+        """Adds to what is there, as the kernel does."""
+        for row, source in enumerate(np.frombuffer((ctypes.c_int64 * n).from_address(table), dtype=np.int64).tolist()):
+            block = np.frombuffer((ctypes.c_uint8 * nbytes).from_address(source), dtype=np.uint8)
+            to = ctypes.c_int64.from_address(sums + 8 * row)
+            to.value += int(sums_of_blocks(block, np.zeros(1, dtype=np.int64), nbytes)[0])
+
     def require(self, address: int, nbytes: int, *, writing: bool) -> None:
         for start, size in list(self.tensors.items()):
             if start <= address and address + nbytes <= start + size:
@@ -174,8 +183,15 @@ class FakeGpu:
             gpu.uploads.append(nbytes)
             gpu.enqueue(stream, lambda: ctypes.memmove(target, source, nbytes) and None)
 
+        def zero(address: int, nbytes: int, stream: int) -> None:
+            gpu.enqueue(stream, lambda: ctypes.memset(address, 0, nbytes) and None)
+
+        def download(target: int, source: int, nbytes: int, stream: int) -> None:
+            gpu.enqueue(stream, lambda: ctypes.memmove(target, source, nbytes) and None)
+
         module.IpcHandle, module.PinnedArray, module.use = IpcHandle, PinnedArray, use
         module.ipc_handle, module.open_ipc_handle, module.pin, module.upload = ipc_handle, open_ipc_handle, pin, upload
+        module.zero, module.download = zero, download
         module.device_uuids = lambda: ["aa" * 16, "bb" * 16]
         module.close_ipc_handle = gpu.closed.append
         module.unpin = unpin
@@ -195,8 +211,13 @@ class FakeGpu:
             def warm(self, nbytes: int, total_bytes: int, *modes: int) -> None:
                 pass
 
-            def copy(self, table: int, n: int, nbytes: int, *, stream: int, **_: Any) -> None:
-                gpu.enqueue(stream, lambda: gpu.copy(table, n, nbytes))
+            def copy(
+                self, table: int, n: int, nbytes: int, *, stream: int, mode: int = 0, sums: int = 0, **_: Any
+            ) -> None:
+                if mode != SUM:
+                    gpu.enqueue(stream, lambda: gpu.copy(table, n, nbytes))
+                if mode:
+                    gpu.enqueue(stream, lambda: gpu.sum(table, n, nbytes, sums))
                 gpu.launches.append(n * nbytes)
                 if gpu.on_launch is not None:
                     gpu.on_launch()

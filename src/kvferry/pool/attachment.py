@@ -8,11 +8,12 @@ more from then on.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Coroutine, Mapping, Sequence
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -23,10 +24,16 @@ from kvferry.observe.attachment import PoolStats
 from kvferry.pool.client import PoolClient
 from kvferry.pool.cluster import PoolNodes
 from kvferry.pool.directory import Directory
+from kvferry.pool.fetching import fetch_blocks
+from kvferry.pool.gpu import gpu_of, open_device
 from kvferry.pool.keys import BlockSpace
-from kvferry.pool.parts import BlockPart, block_bytes, parts_of, require_inside
+from kvferry.pool.messages import Leased
+from kvferry.pool.parts import BlockPart, Piece, block_bytes, parts_of, require_inside
 from kvferry.pool.pending import Pending, finished
-from kvferry.transfer import TransferSettings
+from kvferry.transfer import Peer, TransferEngine, TransferSettings
+
+if TYPE_CHECKING:
+    from kvferry.pool.device import DeviceBlocks
 
 PUT_BYTES = 64 << 20
 """The most that one put saves; between two puts, loads go first."""
@@ -79,22 +86,25 @@ class PoolAttachment:
         transfer: TransferSettings | None = None,
         deadline_s: float = 5.0,
         max_saving_bytes: int = 1 << 30,
+        staging_bytes: int = 64 << 20,
         wake: Callable[[], None] = lambda: None,
     ) -> None:
         """
         Args:
             nodes: their `tcp://host:port`; the first is this host's, which takes what is saved.
             space: `BlockSpace.of` this rank's fingerprint and layout.
-            buffers: the memory of each region that the layout names, host memory (numpy or torch, contiguous).
+            buffers: the memory of each region that the layout names (numpy or torch, contiguous), all of it host memory
+                or all of it one GPU's.
             directory: `redis://host:port/number`, where nodes beyond these tell what they hold.
             deadline_s: for each lookup, load and save, its time in the queue included.
             max_saving_bytes: more than that is not queued to be saved; a single save always is.
+            staging_bytes: pinned memory through which the blocks of a GPU come and go; four blocks at least.
             wake: called on the attachment's thread whenever something is done.
         Raises: ConfigError, RegistrationError where memory and layout do not fit. No node need be there yet.
         """
         if not nodes:
             raise ConfigError("a pool needs at least one node; name this host's first, such as tcp://127.0.0.1:7400")
-        _require_host_memory(buffers)
+        gpu = gpu_of(buffers)
         self._deadline_s, self._max_saving_bytes, self._wake = deadline_s, max_saving_bytes, wake
         self._loop = asyncio.new_event_loop()
 
@@ -104,7 +114,14 @@ class PoolAttachment:
 
         def connect(address: str) -> PoolClient:
             return PoolClient(
-                address, space, secret=secret, transports=transports, transfer=transfer, deadline_s=call_s
+                address,
+                space,
+                secret=secret,
+                transports=transports,
+                transfer=transfer,
+                deadline_s=call_s,
+                fetch=self._fetch,
+                on_lost=self._on_node_lost,
             )
 
         self._directory = None if directory is None else _open_directory(directory)
@@ -122,8 +139,9 @@ class PoolAttachment:
         self._no_loads = asyncio.Event()
         self._no_loads.set()
         self._saver = asyncio.Lock()
+        self._device: DeviceBlocks | None = None
         try:
-            self._parts = self._register(layout, buffers)
+            self._parts = self._register(layout, buffers, gpu, staging_bytes)
         except KVError:
             self._loop.run_until_complete(self._shut_down())
             self._loop.close()
@@ -238,17 +256,20 @@ class PoolAttachment:
 
     async def _save(self, hashes: list[bytes], places: Offsets, first: int, length: int) -> Saved:
         began_s = time.monotonic()
-        step = max(1, PUT_BYTES // self.block_bytes)
         stored = duplicates = 0
         cause: str | None = None
-        async with asyncio.timeout(self._deadline_s), self._saver:
-            for at in range(0, len(hashes), step):
+        async with (
+            asyncio.timeout(self._deadline_s),
+            self._saver,
+            contextlib.aclosing(self._outgoing(places)) as pieces,
+        ):
+            async for piece in pieces:
                 await self._no_loads.wait()
                 done = await self._nodes.put(
-                    hashes[at : at + step],
-                    self._parts,
-                    places[at : at + step],
-                    first=first + at,
+                    hashes[piece.first : piece.stop],
+                    piece.parts,
+                    piece.places,
+                    first=first + piece.first,
                     length=length,
                 )
                 stored, duplicates, cause = stored + done.stored, duplicates + done.duplicates, done.cause
@@ -274,12 +295,39 @@ class PoolAttachment:
 
     # Inside
 
-    def _register(self, layout: KVLayout, buffers: Mapping[int, Any]) -> tuple[BlockPart, ...]:
+    def _register(
+        self, layout: KVLayout, buffers: Mapping[int, Any], gpu: int | None, staging_bytes: int
+    ) -> tuple[BlockPart, ...]:
         regions = {index: self._nodes.register(buffer) for index, buffer in buffers.items()}
         parts = parts_of(layout, {index: region.region_id for index, region in regions.items()})
         every_block = np.array([0, layout.num_blocks - 1], dtype=np.int64)
-        require_inside(parts, every_block, {region.region_id: region for region in regions.values()})
+        by_id = {region.region_id: region for region in regions.values()}
+        require_inside(parts, every_block, by_id)
+        if gpu is not None:
+            self._device = open_device(gpu, parts, by_id, self._nodes.allocate, staging_bytes)
         return parts
+
+    async def _outgoing(self, places: Offsets) -> AsyncGenerator[Piece, None]:
+        """The blocks at these places, as much at a time as one put takes; those of a GPU as copies in host memory."""
+        if self._device is None:
+            step = max(1, PUT_BYTES // self.block_bytes)
+            for first in range(0, len(places), step):
+                taken = places[first : first + step]
+                yield Piece(first, first + len(taken), self._parts, taken)
+            return
+        until_s = time.monotonic() + self._deadline_s
+        async with contextlib.aclosing(self._device.outgoing(places, until_s)) as pieces:
+            async for piece in pieces:
+                yield piece
+
+    async def _fetch(self, engine: TransferEngine, peer: Peer, lease: Leased, **where: Any) -> str:
+        if self._device is None:
+            return await fetch_blocks(engine, peer, lease, **where)
+        return await self._device.fetch(engine, peer, lease, **where)
+
+    def _on_node_lost(self, peer: Peer) -> None:
+        if self._device is not None:
+            self._device.lost(peer)
 
     def _begin(self, work: Callable[[], Coroutine[Any, Any, T]], failed: Callable[[str], T]) -> Pending[T]:
         pending: Pending[T] = Pending(self._loop)
@@ -333,6 +381,8 @@ class PoolAttachment:
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self._device is not None:
+            await self._device.close()
         await self._nodes.close()
         if self._directory is not None:
             await self._directory.close()
@@ -344,16 +394,6 @@ class PoolAttachment:
         finally:
             self._loop.run_until_complete(self._loop.shutdown_default_executor())
             self._loop.close()
-
-
-def _require_host_memory(buffers: Mapping[int, Any]) -> None:
-    for index, buffer in buffers.items():
-        device = getattr(getattr(buffer, "device", None), "type", "cpu")
-        if device != "cpu":
-            raise ConfigError(
-                f"region {index} lies in {device} memory; the pool serves KV caches in host memory only so far. "
-                "Start without a pool, or keep the KV cache on the CPU"
-            )
 
 
 def _open_directory(url: str) -> Directory:

@@ -59,7 +59,6 @@ from kvferry.pool.messages import (
 from kvferry.pool.messages import Drain as DrainRequest
 from kvferry.pool.neighbours import Cluster, Neighbours
 from kvferry.pool.node_messages import Forget, NodeRequest, Offer, Taken
-from kvferry.pool.pinning import pin_for_cuda
 from kvferry.pool.pins import Pins
 from kvferry.pool.puts import Puts
 from kvferry.pool.removal import Removals
@@ -117,7 +116,6 @@ class PoolNode:
         slab_bytes, words = pages(self.settings.slab_bytes), self.settings.max_leases
         least = arena_bytes(1, slab_bytes, words)
         region = self._engine.allocate(max(self.settings.arena_bytes, least), name="arena")
-        self._unpin = pin_for_cuda(region)
         self._arena = Arena(region, slab_bytes=slab_bytes, num_words=words)
         self._index = BlockIndex(self._arena, eviction=self.settings.eviction, quotas=self.settings.quotas)
         self._leases = Leases(self._index, clock or RealClock(), self.settings.lease_ttl_s)
@@ -225,7 +223,6 @@ class PoolNode:
         if self._disk is not None:
             await self._disk.close()
             self._disk = None
-        self._unpin()
 
     @property
     def state(self) -> str:

@@ -42,6 +42,15 @@ class PartRun(NamedTuple):
     pool_offsets: Offsets
 
 
+class Piece(NamedTuple):
+    """Some blocks of a list, number `first` up to `stop`: int64 places [stop - first], as `parts` count."""
+
+    first: int
+    stop: int
+    parts: Sequence[BlockPart]
+    places: Offsets
+
+
 def whole(region: Region, nbytes: int) -> tuple[BlockPart, ...]:
     """Blocks of one part, whose places are their byte offsets in the region."""
     return (BlockPart(region.region_id, 0, 1, nbytes),)

@@ -122,15 +122,19 @@ def enable_peer_access(device: int) -> None:
         runtime.cudaGetLastError()  # else the next check of this thread would find it
 
 
-def pin(address: int, nbytes: int) -> bool:
+def pin(address: int, nbytes: int, *, read_only: bool = False) -> bool:
     """Make host memory readable and writable for every GPU, at its own address. False if it was so already.
 
+    Args:
+        read_only: this process may only read it, and so will the GPUs.
     Raises: RegistrationError where the system refuses.
     """
     kind = runtime.cudaPointerGetAttributes(address)
     if not int(kind[0]) and kind[1].type == runtime.cudaMemoryType.cudaMemoryTypeHost:
         return False
     flags = runtime.cudaHostRegisterPortable | runtime.cudaHostRegisterMapped
+    if read_only:
+        flags |= runtime.cudaHostRegisterReadOnly
     try:
         call(runtime.cudaHostRegister, address, nbytes, flags)
     except TransportError as error:
@@ -207,6 +211,16 @@ def is_done(event: Any) -> bool:
     if status == _NOT_READY:
         return False
     raise TransportError(f"work on the GPU failed: {status.name}; this process's CUDA context is broken, restart it")
+
+
+def zero(address: int, nbytes: int, stream: int) -> None:
+    """Start zeroing device memory."""
+    call(runtime.cudaMemsetAsync, address, 0, nbytes, stream)
+
+
+def download(target: int, source: int, nbytes: int, stream: int) -> None:
+    """Start copying device memory to pinned host memory."""
+    call(runtime.cudaMemcpyAsync, target, source, nbytes, runtime.cudaMemcpyKind.cudaMemcpyDeviceToHost, stream)
 
 
 def upload(target: int, source: int, nbytes: int, stream: int) -> None:

@@ -293,12 +293,6 @@ def test_memory_that_does_not_fit_is_refused_at_once() -> None:
     with pytest.raises(ConfigError, match="at least one node"):
         PoolAttachment([], space, APART, {})
 
-    class OnGpu:
-        device = type("device", (), {"type": "cuda"})
-
-    with pytest.raises(ConfigError, match="host memory only"):
-        PoolAttachment(["tcp://127.0.0.1:9"], space, APART, {0: OnGpu()})
-
 
 async def eventually(check: Any) -> bool:
     async def ask() -> bool:

@@ -1,64 +1,146 @@
-"""The arena is pinned where there is a GPU, left alone where there is none, and no GPU that refuses ends the node."""
+"""A node's memory is pinned once, step by step, and let go of when the node is gone, but never under a copy."""
 
 from __future__ import annotations
 
-import sys
-from types import ModuleType
+import asyncio
+import importlib
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
-from kvferry.errors import RegistrationError, TransportError
-from kvferry.pool.pinning import CUDA_RUNTIME, pin_for_cuda
-from kvferry.transport.base import Region
+from kvferry.errors import RegistrationError, TransportClosed
+from pretended_gpu import FakeGpu, pretended_gpu
 
-REGION = Region(1, 0x1000, 4096, "0" * 32)
-
-
-def pretend(monkeypatch: pytest.MonkeyPatch, **calls: Any) -> list[Any]:
-    asked: list[Any] = []
-    runtime = ModuleType(CUDA_RUNTIME)
-
-    def pin(address: int, nbytes: int) -> bool:
-        asked.append(("pin", address, nbytes))
-        return True
-
-    vars(runtime).update({"device_uuids": lambda: ["0"], "pin": pin, "unpin": lambda at: asked.append(("unpin", at))})
-    vars(runtime).update(calls)
-    monkeypatch.setitem(sys.modules, CUDA_RUNTIME, runtime)
-    return asked
+STEP = 4096
 
 
-def fail(error: Exception) -> Any:
-    def call(*_: object) -> None:
-        raise error
-
-    return call
-
-
-def test_pinned_with_a_gpu_and_unpinned_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = pretend(monkeypatch)
-    unpin = pin_for_cuda(REGION)
-    assert asked == [("pin", 0x1000, 4096)]
-    unpin()
-    assert asked == [("pin", 0x1000, 4096), ("unpin", 0x1000)]
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeGpu]:
+    with pretended_gpu(monkeypatch) as fake:
+        monkeypatch.setattr(importlib.import_module("kvferry.pool.pinning"), "STEP_BYTES", STEP)
+        yield fake
 
 
-def test_left_alone_without_a_gpu_or_a_runtime(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = pretend(monkeypatch, device_uuids=fail(TransportError("no CUDA device")))
-    pin_for_cuda(REGION)()
-    monkeypatch.setitem(sys.modules, CUDA_RUNTIME, None)
-    pin_for_cuda(REGION)()
-    assert asked == []
+class Node:
+    """A peer with one region, and the engine that maps it."""
+
+    def __init__(self, nbytes: int = 3 * STEP + 100) -> None:
+        self.view: Any = np.zeros(nbytes, dtype=np.uint8)
+        self.regions = {4: SimpleNamespace(token="t")}
+        self.lost: TransportClosed | None = None
+        self.name = "node"
+        self.mapped_times = 0
+
+    def mapped(self, peer: Any, region_id: int) -> Any:
+        self.mapped_times += 1
+        return self.view
 
 
-def test_memory_that_cannot_be_pinned_costs_speed_only(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+class Arenas:
+    def __init__(self) -> None:
+        self._threads = ThreadPoolExecutor(1)
+        self.arenas = importlib.import_module("kvferry.pool.pinning").PinnedArenas(self._threads)
+
+    def find(self, node: Node) -> Any:
+        return self.arenas.find(node, node, 4)
+
+    async def settle(self) -> None:
+        """Until nothing is being pinned or unpinned."""
+        while self.arenas._tasks:
+            await asyncio.wait(self.arenas._tasks)
+
+    async def close(self) -> None:
+        await self.arenas.close()
+        self._threads.shutdown()
+
+
+async def test_it_is_there_once_all_of_it_is_pinned_and_mapped_once(gpu: FakeGpu) -> None:
+    made, node = Arenas(), Node()
+    first = node.view.ctypes.data
+    assert made.find(node) is None
+    assert made.find(node) is None
+    await made.settle()
+    arena = made.find(node)
+    assert (arena.address, node.mapped_times) == (first, 1)
+    sizes = [STEP, STEP, STEP, 100]
+    assert gpu.spans == {first + i * STEP: (n, True) for i, n in enumerate(sizes)}
+    await made.close()
+    assert gpu.spans == {}
+    assert made.find(node) is None
+
+
+async def test_what_is_not_mapped_here_is_asked_for_once(gpu: FakeGpu) -> None:
+    made, node = Arenas(), Node()
+    node.view = None
+    for _ in range(3):
+        assert made.find(node) is None
+        await made.settle()
+    assert node.mapped_times == 1
+    assert gpu.pinned == []
+    await made.close()
+
+
+async def test_a_node_that_is_gone_keeps_its_memory_only_as_long_as_a_copy_runs(gpu: FakeGpu) -> None:
+    made, node = Arenas(), Node()
+    made.find(node)
+    await made.settle()
+    arena = made.find(node)
+    with arena, arena:
+        node.lost = TransportClosed("gone")
+        made.arenas.lost(node)
+        await made.settle()
+        assert len(gpu.spans) == 4
+        assert made.find(node) is None
+    await made.settle()
+    assert gpu.spans == {}
+    await made.close()
+
+
+async def test_a_node_that_goes_while_its_memory_is_pinned_leaves_nothing(
+    gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked = pretend(monkeypatch, pin=fail(RegistrationError("4096 bytes of host memory cannot be pinned: no")))
-    pin_for_cuda(REGION)()
-    assert asked == []
-    assert "not pinned" in caplog.text
-    asked = pretend(monkeypatch, pin=lambda *_: False)
-    pin_for_cuda(REGION)()
-    assert asked == []
+    made, node = Arenas(), Node()
+    cuda: Any = importlib.import_module("kvferry.pool.pinning").cuda
+    pin, begun, go_on = cuda.pin, Future[None](), Future[None]()
+
+    def slow(address: int, nbytes: int, *, read_only: bool) -> bool:
+        if not begun.done():
+            begun.set_result(None)
+        go_on.result(30)
+        return bool(pin(address, nbytes, read_only=read_only))
+
+    monkeypatch.setattr(cuda, "pin", slow)
+    made.find(node)
+    await asyncio.wrap_future(begun)
+    made.arenas.lost(node)
+    go_on.set_result(None)
+    await made.settle()
+    assert len(gpu.pinned) == 1, "it stops at the next step"
+    assert gpu.spans == {}
+    await made.close()
+
+
+async def test_a_gpu_that_refuses_in_the_middle_keeps_nothing_and_is_asked_no_more(
+    gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    made, node = Arenas(), Node()
+    cuda: Any = importlib.import_module("kvferry.pool.pinning").cuda
+    pin = cuda.pin
+
+    def refuse(address: int, nbytes: int, *, read_only: bool) -> bool:
+        if len(gpu.pinned) == 2:
+            raise RegistrationError("no more")
+        return bool(pin(address, nbytes, read_only=read_only))
+
+    monkeypatch.setattr(cuda, "pin", refuse)
+    for _ in range(3):
+        assert made.find(node) is None
+        await made.settle()
+    assert len(gpu.pinned) == 2
+    assert gpu.spans == {}
+    assert caplog.text.count("cannot be pinned") == 1
+    await made.close()
