@@ -14,9 +14,10 @@ import torch
 
 from kvferry.transport import cuda_runtime as cuda
 from kvferry.transport.base import BlockList, StopToken
+from kvferry.transport.checksum import COPY, COPY_AND_SUM, SUM, sums_of_blocks
 from kvferry.transport.copying import Limits
 from kvferry.transport.cuda_copy import Run
-from kvferry.transport.cuda_kernels import Launcher, Tile, block_digests
+from kvferry.transport.cuda_kernels import Launcher, Tile
 
 GIB = pair.GIB
 
@@ -137,7 +138,7 @@ def cost(bench: Any) -> None:
 
 
 def digests(bench: Any) -> None:
-    """The digest fused into the copy: right, and its price."""
+    """The checksum fused into the copy: right, and its price."""
     with cuda.use(bench.device):
         launcher, stream = Launcher(), torch.cuda.Stream()
         blocks = bench.blocks(64)
@@ -145,20 +146,21 @@ def digests(bench: Any) -> None:
         sums = torch.zeros(n, dtype=torch.int64, device=bench.buffer.device)
         grid = bench.transport.settings.programs_peer if bench.where == "peer" else 528
 
-        def copy(digest: bool, only: bool = False) -> None:
+        def launch(mode: int) -> None:
             launcher.copy(
                 at.data_ptr(), n, 65536, aligned=True, programs=grid, stream=stream.cuda_stream,
-                digests=sums.data_ptr() if digest else 0, digest_only=only,
+                mode=mode, sums=sums.data_ptr() if mode else 0,
             )  # fmt: skip
             stream.synchronize()
 
-        copy(True)
+        launch(COPY_AND_SUM)
         first = bench.truth.view(n, -1)[torch.from_numpy(blocks.source_offsets[:64] // 65536).to(bench.buffer.device)]
-        good = sums[:64].tolist() == block_digests(first.cpu().numpy().view(np.uint8)).tolist()
+        memory = first.cpu().numpy().view(np.uint8).reshape(-1)
+        good = sums[:64].tolist() == sums_of_blocks(memory, np.arange(64) * 65536, 65536).tolist()
         for name, work in (
-            ("copy alone", lambda: copy(False)),
-            ("copy and digest", lambda: copy(True)),
-            ("digest alone", lambda: copy(True, True)),
+            ("copy alone", lambda: launch(COPY)),
+            ("copy and digest", lambda: launch(COPY_AND_SUM)),
+            ("digest alone", lambda: launch(SUM)),
         ):
             bench.report.add(f"{bench.where} digest", name, GBps=GIB / pair.median_s(work, 5) / 1e9, verified=good)
 

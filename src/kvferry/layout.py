@@ -148,10 +148,7 @@ def plan_copy(
             f"target {len(target.layers)} of {target.block_size}: both must be equal"
         )
     inner_source, inner_target, nbytes = _inner_offsets(source, target)
-    by_regions: dict[tuple[int, int], list[int]] = {}
-    for layer in layers:
-        regions = (source.layers[layer].region, target.layers[layer].region)
-        by_regions.setdefault(regions, []).append(layer)
+    by_regions = layers_by_regions(source, target, layers)
     # Where each layer is a region of its own, all of them have the same offsets: computed once, and one array, so that
     # whoever checks them does so once.
     source_at = functools.cache(lambda places: _offsets_of(places, source_ids, inner_source))
@@ -160,6 +157,15 @@ def plan_copy(
         BlockCopy(*regions, source_at(_places(source, group)), target_at(_places(target, group)), nbytes)
         for regions, group in by_regions.items()
     ]
+
+
+def layers_by_regions(source: KVLayout, target: KVLayout, layers: range) -> dict[tuple[int, int], list[int]]:
+    """The layers of each copy of `plan_copy`, by (source region, target region): its offsets are layer after layer, of
+    each all blocks."""
+    found: dict[tuple[int, int], list[int]] = {}
+    for layer in layers:
+        found.setdefault((source.layers[layer].region, target.layers[layer].region), []).append(layer)
+    return found
 
 
 def _places(layout: KVLayout, layers: list[int]) -> tuple[tuple[int, int], ...]:

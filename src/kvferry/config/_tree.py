@@ -106,7 +106,10 @@ class HandoffSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     deadline_s: Annotated[Seconds, Meta(description="a handoff is over within this")] = 30.0
     lease_ttl_s: Annotated[Seconds, Meta(description="blocks are held so long without a heartbeat")] = 5.0
     heartbeat_s: Annotated[Seconds, Meta(description="a target renews its lease so often")] = 1.0
-    digest: Annotated[bool, Meta(description="xxh3 digest of each published run, checked by the target")] = True
+    digest: Annotated[
+        Literal["none", "xxh3", "sum"],
+        Meta(description="of each published block, checked by the target: xxh3 of host memory, or sum, GPU memory too"),
+    ] = "xxh3"
     on_failure: Annotated[
         Literal["recompute", "fail"], Meta(description="what the target does when the KV does not arrive")
     ] = "recompute"

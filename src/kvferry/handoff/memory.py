@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from kvferry.handoff.digests import Memory
+from kvferry.handoff.digests import DigestKind, Memory, block_digests, joined_sums
 from kvferry.handoff.words import WORD_BYTES, CudaWords, HostWords, Words
-from kvferry.layout import KVLayout
+from kvferry.layout import KVLayout, Offsets, block_offsets, layers_by_regions
 from kvferry.transfer import TransferEngine
 from kvferry.transport.base import Region
+from kvferry.transport.checksum import Sums, sums_of_blocks
+
+SUM_WITHIN_S = 10.0
+"""The GPU takes the sums of some blocks in milliseconds, unless a kernel must be compiled first, or it hangs."""
 
 
 class KVMemory:
@@ -41,12 +46,36 @@ class KVMemory:
         tensor = torch.zeros(num_slots, dtype=torch.int64, device=f"cuda:{cuda.device}")
         return CudaWords(tensor, self._engine.register(tensor))
 
-    def on_host(self, layout: KVLayout, layers: range) -> bool:
-        """Whether this process can look at the bytes of these layers, to take their digests."""
+    def digests(self, kind: DigestKind, layout: KVLayout, layers: range, block_ids: Sequence[int] | Offsets) -> bytes:
+        """The digests of these blocks as they are now; empty where this process cannot take any of this kind. Blocks.
+
+        Raises: TransportError, TransferTimeout: the GPU did not take them.
+        """
+        if kind == "xxh3" and self._on_host(layout, layers):
+            return block_digests(self._host_bytes(), layout, layers, block_ids)
+        return self._sum_digests(layout, layers, block_ids) if kind == "sum" else b""
+
+    def _sum_digests(self, layout: KVLayout, layers: range, block_ids: Sequence[int] | Offsets) -> bytes:
+        order: list[int] = []
+        sums: list[Sums] = []
+        for (region, _), group in layers_by_regions(layout, layout, layers).items():
+            offsets = np.concatenate([block_offsets(layout, layer, block_ids) for layer in group])
+            found = self._sums(self.regions[region], offsets, layout.block_bytes)
+            if found is None:
+                return b""
+            order += group
+            sums.append(found)
+        return joined_sums(np.concatenate(sums), order)
+
+    def _sums(self, region: Region, offsets: Offsets, nbytes: int) -> Sums | None:
+        if region.kind == "host":
+            return sums_of_blocks(_as_bytes(region.buffer), offsets, nbytes)
+        return self._engine.sums(region, offsets, nbytes, deadline_s=SUM_WITHIN_S)
+
+    def _on_host(self, layout: KVLayout, layers: range) -> bool:
         return all(self.regions[layout.layers[layer].region].kind == "host" for layer in layers)
 
-    def host_bytes(self) -> dict[int, Memory]:
-        """Each host region's index and its bytes."""
+    def _host_bytes(self) -> dict[int, Memory]:
         return {i: _as_bytes(r.buffer) for i, r in enumerate(self.regions) if r.kind == "host"}
 
 

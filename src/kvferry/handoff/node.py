@@ -19,9 +19,9 @@ import numpy as np
 
 from kvferry.addresses import host_of, is_wildcard
 from kvferry.clock import Clock, RealClock
-from kvferry.errors import ConfigError, KVError
+from kvferry.errors import ConfigError, KVError, TransportError
 from kvferry.handoff.channels import Channels, encode
-from kvferry.handoff.digests import Memory, block_digests
+from kvferry.handoff.digests import DigestKind, Memory
 from kvferry.handoff.loop import NodeLoop
 from kvferry.handoff.memory import KVMemory
 from kvferry.handoff.pulls import Pulls, Target
@@ -98,7 +98,8 @@ class HandoffNode:
         advertise_host: what peers connect to, where it is not the bound address; a wildcard (0.0.0.0) requires it.
         incarnation: where several ranks share one; else a fresh one is drawn.
         wake: called, on any thread, when `outcomes` or `released` has something new.
-        digest: publish an xxh3 digest of each block (host memory only).
+        digest: of each published block: `xxh3` (host memory only; nothing of GPU memory), `sum` (host and GPU memory,
+            where the kernel that pulls takes it on the way), or `none`.
     """
 
     def __init__(
@@ -113,7 +114,7 @@ class HandoffNode:
         transfer: TransferSettings | None = None,
         transports: Sequence[str] = ("cuda", "shm", "tcp"),
         incarnation: Incarnation | None = None,
-        digest: bool = True,
+        digest: DigestKind = "xxh3",
         wake: Callable[[], None] = lambda: None,
         clock: Clock | None = None,
     ) -> None:
@@ -178,7 +179,8 @@ class HandoffNode:
     def start(self, layout: KVLayout) -> None:
         """Bind, and serve from now on. `layout` counts regions in the order of `allocate` and `register`.
 
-        Raises: ConfigError if the port is taken (it names the process), or beyond loopback without a secret.
+        Raises: ConfigError if the port is taken (it names the process), or beyond loopback without a secret, or for the
+            digest `sum` of GPU memory without the cuda transport.
         """
         self.layout = layout
         self._words = self._memory.make_words(self.settings.num_slots)
@@ -190,8 +192,15 @@ class HandoffNode:
                 layout=layout,
                 regions=tuple(r.region_id for r in self._memory.regions),
                 words_region=self._words.region.region_id,
+                digest=self._digest,
             )
         )
+        if self._digest == "sum" and not self._memory.digests("sum", layout, range(len(layout.layers)), [0]):
+            # Not left unchecked silently. It is also what makes a GPU ready to take sums, in seconds.
+            raise ConfigError(
+                "the digest `sum` of GPU memory needs the cuda transport, which does not work here: `kvferry doctor` "
+                "says why; or set the digest to none"
+            )
         self._loop.start()
         self._loop.run(self._engine.start())
 
@@ -217,8 +226,13 @@ class HandoffNode:
         A handoff that is closed, or not known, is ignored: the target may have gone meanwhile.
         """
         digest = b""
-        if self._digest and self.layout is not None and self._memory.on_host(self.layout, layers):
-            digest = block_digests(self._memory.host_bytes(), self.layout, layers, block_ids)
+        if self.layout is not None:
+            try:
+                digest = self._memory.digests(self._digest, self.layout, layers, block_ids)
+            except TransportError as error:
+                _log.error("handoff %s cannot be published: %s", handoff, error)
+                self.fail(handoff, error.cause)
+                return
         self._source_event(Published(handoff, Run.of(layers, first_block, block_ids, digest)))
 
     def seal(self, handoff: HandoffId) -> None:

@@ -91,14 +91,19 @@ class Pulls:
             return 0, None
         try:
             done = await self._engine.read(
-                peer, plan.blocks, guard=plan.guard, deadline_s=wanted.deadline_s, priority=READ_PRIORITY
+                peer,
+                plan.blocks,
+                guard=plan.guard,
+                deadline_s=wanted.deadline_s,
+                priority=READ_PRIORITY,
+                summing=plan.kind == "sum",
             )
         except TransferUnfinished as error:
             _log.error("handoff %s keeps its blocks aside: %s", wanted.handoff, error)
             await self._until_over(error)
             raise
-        if plan.digests and self._memory.on_host(layout, plan.layers):
-            await asyncio.to_thread(check_digests, plan, self._memory.host_bytes(), layout)
+        if plan.digests:
+            await asyncio.to_thread(check_digests, plan, self._memory, layout, done.sums)
         return done.nbytes, done.transport
 
     async def _until_over(self, read: TransferUnfinished) -> None:

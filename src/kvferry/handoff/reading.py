@@ -10,29 +10,36 @@ import numpy as np
 import numpy.typing as npt
 
 from kvferry.errors import IntegrityError, PeerGone
-from kvferry.handoff.digests import DIGEST_BYTES, Memory, block_digests, digests_fit, first_difference
+from kvferry.handoff.digests import DIGEST_BYTES, DigestKind, digests_fit, first_difference, joined_sums
+from kvferry.handoff.memory import KVMemory
 from kvferry.handoff.words import WORD_BYTES
-from kvferry.layout import Fingerprint, KVLayout, plan_copy
+from kvferry.layout import Fingerprint, KVLayout, layers_by_regions, plan_copy
 from kvferry.protocol.events import StartRead
 from kvferry.transport.base import BlockList, Guard, Region, RemoteRegion
+from kvferry.transport.checksum import Sums
 from kvferry.wire import Codec
 
 
 class NodeHello(msgspec.Struct, frozen=True):
-    """What a node tells its peers. `regions[i]` is the region id of the layout's region i."""
+    """What a node tells its peers. `regions[i]` is the region id of the layout's region i; `digest` the kind of digests
+    that its runs carry."""
 
     instance_id: str
     fingerprint: Fingerprint
     layout: KVLayout
     regions: tuple[int, ...]
     words_region: int
+    digest: DigestKind = "xxh3"
 
 
 hellos: Codec[NodeHello] = Codec(NodeHello)
 
 
 class PullPlan(NamedTuple):
-    """What to read for one run, and how to know that it is right (`digests` empty: only by the guard)."""
+    """What to read for one run, and how to know that it is right (`digests` empty: only by the guard).
+
+    `blocks` go layer after layer in the order of `layer_order`.
+    """
 
     blocks: list[BlockList]
     guard: Guard
@@ -40,6 +47,8 @@ class PullPlan(NamedTuple):
     target_block_ids: npt.NDArray[np.int64]
     digests: bytes
     first_block: int
+    kind: DigestKind = "none"
+    layer_order: tuple[int, ...] = ()
 
 
 def plan_pull(
@@ -78,17 +87,30 @@ def plan_pull(
     digests = b""
     if run.digest and digests_fit(hello.layout, layout):
         digests = run.digest[(low - run.first_block) * DIGEST_BYTES : (high - run.first_block) * DIGEST_BYTES]
-    return PullPlan(blocks, guard, run.layers, target_ids, digests, low)
+    by_regions = layers_by_regions(hello.layout, layout, run.layers)
+    order = tuple(layer for group in by_regions.values() for layer in group)
+    return PullPlan(blocks, guard, run.layers, target_ids, digests, low, hello.digest if digests else "none", order)
 
 
-def check_digests(plan: PullPlan, memory: Mapping[int, Memory], layout: KVLayout) -> None:
-    """Raises: IntegrityError naming the first block that is not what the source published."""
-    seen = block_digests(memory, layout, plan.layers, plan.target_block_ids)
+def check_digests(plan: PullPlan, memory: KVMemory, layout: KVLayout, sums: Sums | None = None) -> None:
+    """Look at what was read, if there is a way to.
+
+    Args:
+        sums: checksums that the transport took while it read, in the order of the plan's blocks.
+    Raises: IntegrityError naming the first block that is not what the source published; TransportError, TransferTimeout
+        where a GPU did not look.
+    """
+    if plan.kind == "sum" and sums is not None:
+        seen = joined_sums(sums, plan.layer_order)
+    else:
+        seen = memory.digests(plan.kind, layout, plan.layers, plan.target_block_ids)
+    if not seen:
+        return
     bad = first_difference(plan.digests, seen) if len(seen) == len(plan.digests) else 0
     if bad is not None:
         raise IntegrityError(
             f"block {plan.first_block + bad} of the prompt, layers {plan.layers.start} to {plan.layers.stop - 1}: its "
-            "bytes differ from what the source published (xxh3); bytes were changed on the way or in memory",
+            "bytes differ from what the source published ({plan.kind}); bytes were changed on the way or in memory",
             stage="verifying",
         )
 

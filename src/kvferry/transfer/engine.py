@@ -25,6 +25,7 @@ from kvferry.errors import (
     TransportClosed,
     TransportError,
 )
+from kvferry.layout import Offsets
 from kvferry.transfer.connections import Connections
 from kvferry.transfer.control import EngineHello
 from kvferry.transfer.jobs import Job, JobQueue
@@ -34,6 +35,7 @@ from kvferry.transfer.settings import TransferSettings
 from kvferry.transfer.transfers import Transfer, read_block
 from kvferry.transfer.ways import PROBE_BYTES, Ways, close_ways
 from kvferry.transport.base import BlockList, Guard, Region, RemoteRegion, Transport
+from kvferry.transport.checksum import Sums
 from kvferry.transport.memory import SharedBuffer
 from kvferry.transport.registry import TransportContext, create_transport
 from kvferry.transport.tcp import TcpTransport, split_address
@@ -170,6 +172,14 @@ class TransferEngine:
             transport.withdraw(region)
         self._on_loop(self._announce)
 
+    def sums(self, region: Region, offsets: Offsets, nbytes: int, *, deadline_s: float) -> Sums | None:
+        """int64 [num_blocks]: checksums (`kvferry.transport.checksum`) of a GPU region's blocks. Blocks.
+
+        None where no transport runs on its GPU. Raises: RegistrationError, TransferTimeout, TransportError.
+        """
+        found = (t.sums(region, offsets, nbytes, deadline_s=deadline_s) for t in self._transports.values())
+        return next((sums for sums in found if sums is not None), None)
+
     def _publish(self, region: Region) -> Region:
         try:
             self._export(region)
@@ -243,9 +253,12 @@ class TransferEngine:
         guard: Guard | None = None,
         deadline_s: float,
         priority: int = 0,
+        summing: bool = False,
     ) -> Completion:
         """Copy blocks of the peer into registered memory here; a greater `priority` goes first.
 
+        Args:
+            summing: take the blocks' checksums on the way, where the transport can (`Completion.sums`).
         Raises:
             RegistrationError: offsets, sizes, regions or tokens do not fit; nothing was written.
             LeaseExpired: the guard's word was another one after the read.
@@ -253,7 +266,8 @@ class TransferEngine:
             TransferUnfinished: given up or cancelled, and bytes may still land, until it says that it is over.
         After any other failure or cancellation: the target blocks hold unspecified bytes; no further byte will land.
         """
-        return await self._run(self._transfer(peer, blocks, guard, deadline_s, writing=False), priority)
+        transfer = self._transfer(peer, blocks, guard, deadline_s, writing=False, summing=summing)
+        return await self._run(transfer, priority)
 
     async def write(
         self, peer: Peer, blocks: BlockList | list[BlockList], *, deadline_s: float, priority: int = 0
@@ -298,6 +312,7 @@ class TransferEngine:
         deadline_s: float,
         *,
         writing: bool,
+        summing: bool = False,
     ) -> Transfer:
         if self._closed:
             raise TransportClosed("the transfer engine is closed", peer=peer.name)
@@ -311,6 +326,7 @@ class TransferEngine:
             ways=self._ways,
             slice_bytes=self.settings.slice_bytes,
             suspend_s=self.settings.suspend_s,
+            summing=summing,
         )
 
     async def _run(self, transfer: Transfer, priority: int) -> Completion:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from kvferry.errors import KVError, TransportClosed
 from kvferry.transfer.control import ControlConnection
 from kvferry.transport.base import Link, RemoteRegion
+from kvferry.transport.checksum import Sums
 from kvferry.types import Incarnation
 
 if TYPE_CHECKING:
@@ -17,12 +18,14 @@ if TYPE_CHECKING:
 
 class Completion(NamedTuple):
     """A finished transfer. `transport` is the one that moved the last byte; `retries` counts slices that failed on
-    another one before."""
+    another one before. `sums`, int64 [num_blocks] in the lists' order, are the checksums of what was read, where they
+    were asked for and every transport that moved a slice takes them on the way."""
 
     nbytes: int
     duration_s: float
     transport: str
     retries: int
+    sums: Sums | None = None
 
 
 class TransportChoice(NamedTuple):

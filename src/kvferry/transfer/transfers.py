@@ -23,6 +23,7 @@ from kvferry.transfer.regions import RegionTable
 from kvferry.transfer.ways import Ways
 from kvferry.transport.base import BlockList, Guard, Region, RemoteRegion, StopToken
 from kvferry.transport.blocks import check_blocks
+from kvferry.transport.checksum import Sums
 from kvferry.transport.copying import batches
 
 CUDA_SLICE_BYTES = 1 << 30
@@ -47,6 +48,7 @@ class Transfer:
         ways: Ways,
         slice_bytes: int,
         suspend_s: float,
+        summing: bool = False,
     ) -> None:
         self._began_s = time.monotonic()
         self._until_s = self._began_s + deadline_s
@@ -67,6 +69,8 @@ class Transfer:
         self._next = 0
         self._retries = 0
         self._scheme = ""
+        self._num_blocks = sum(len(part.source_offsets) for part in blocks)
+        self._sums: list[Sums] | None = [] if summing else None
 
     @property
     def step_bytes(self) -> int:
@@ -88,7 +92,10 @@ class Transfer:
         return not last
 
     def completion(self) -> Completion:
-        return Completion(self.nbytes, time.monotonic() - self._began_s, self._scheme, self._retries)
+        sums = None if self._sums is None else np.concatenate([np.empty(0, dtype=np.int64), *self._sums])
+        if sums is not None and len(sums) != self._num_blocks:
+            sums = None  # a block was cut into slices, and its sum is none of theirs
+        return Completion(self.nbytes, time.monotonic() - self._began_s, self._scheme, self._retries, sums)
 
     def remaining_s(self) -> float:
         return self._until_s - time.monotonic()
@@ -155,7 +162,12 @@ class Transfer:
             link.write(blocks, stop=self.stop, deadline_s=remaining_s)
             return
         elsewhere = guard is not None and way.scheme not in self._guard_region(guard).handles
-        link.read(blocks, guard=None if elsewhere else guard, stop=self.stop, deadline_s=remaining_s)
+        watched = None if elsewhere else guard
+        if self._sums is None:
+            link.read(blocks, guard=watched, stop=self.stop, deadline_s=remaining_s)
+        else:
+            sums = link.read_summed(blocks, guard=watched, stop=self.stop, deadline_s=remaining_s)
+            self._sums = None if sums is None else self._sums + sums
         if elsewhere and guard is not None:
             self._check_guard(guard)
 

@@ -20,6 +20,7 @@ import numpy.typing as npt
 
 from kvferry.errors import RegistrationError
 from kvferry.layout import Offsets
+from kvferry.transport.checksum import Sums
 from kvferry.types import Incarnation
 
 MemoryKind = Literal["host", "cuda"]
@@ -137,6 +138,16 @@ class Link(abc.ABC):
         """As `read` of a list that holds one block. Overridden where a small one has a shorter way."""
         self.read([block], guard=guard, stop=StopToken(), deadline_s=deadline_s)
 
+    def read_summed(
+        self, blocks: list[BlockList], *, guard: Guard | None, stop: StopToken, deadline_s: float
+    ) -> list[Sums] | None:
+        """As `read`, and each list's checksums (`kvferry.transport.checksum`) of what was read, taken on the way.
+
+        None where this transport takes none: what lies in the target then can be summed afterwards.
+        """
+        self.read(blocks, guard=guard, stop=stop, deadline_s=deadline_s)
+        return None
+
     @abc.abstractmethod
     def write(self, blocks: list[BlockList], *, stop: StopToken, deadline_s: float) -> None:
         """Copy local blocks into a peer's `writable` region. Raises and failure as for `read`."""
@@ -178,6 +189,13 @@ class Transport(abc.ABC):
     def withdraw(self, region: Region) -> None:
         """Stop serving a region, which the engine does not find any more. Returns when no peer is being sent its bytes
         (where this side sends; a one-sided reader finds out by itself)."""
+
+    def sums(self, region: Region, offsets: Offsets, nbytes: int, *, deadline_s: float) -> Sums | None:
+        """int64 [num_blocks]: checksums of blocks of this region; None where this transport can't look into it.
+
+        Raises: TransferTimeout, TransportError.
+        """
+        return None
 
     @abc.abstractmethod
     def connect(self, offer: Mapping[str, Any], *, peer: str, incarnation: Incarnation, deadline_s: float) -> Link:

@@ -26,15 +26,17 @@ from kvferry.errors import LeaseExpired, PeerGone, RegistrationError, TransportC
 from kvferry.layout import Offsets
 from kvferry.transport import cuda_runtime as cuda
 from kvferry.transport.base import BlockList, Guard, Link, Region, RemoteRegion, StopToken, Transport
-from kvferry.transport.blocks import check_blocks
+from kvferry.transport.blocks import check_blocks, require_inside
+from kvferry.transport.checksum import COPY_AND_SUM, SUM, Sums
 from kvferry.transport.copying import Limits, slices
 from kvferry.transport.cuda_copy import BlockCopier, CudaSettings, Path, Run
+from kvferry.transport.cuda_merge import merged, parted
 from kvferry.transport.inproc import require_word
 from kvferry.transport.registry import TransportContext
 from kvferry.transport.shm import ShmLink, ShmTransport
 from kvferry.types import Incarnation
 
-__all__ = ["CudaLink", "CudaSettings", "CudaTransport"]
+__all__ = ["CudaLink", "CudaSettings", "CudaTransport", "merged"]
 
 
 class CudaTransport(Transport):
@@ -50,6 +52,7 @@ class CudaTransport(Transport):
         self._lock = threading.Lock()
         self._copiers: dict[int, BlockCopier] = {}
         self._pinned: dict[int, int] = {}
+        self._summing: set[int] = set()
         self._links: weakref.WeakSet[CudaLink] = weakref.WeakSet()
 
     def offer(self) -> Dict[str, Any]:
@@ -102,6 +105,20 @@ class CudaTransport(Transport):
             runs.setdefault(device, []).append(run)
         for device, of_device in runs.items():
             self.copier(device).copy(merged(of_device), limits)
+
+    def sums(self, region: Region, offsets: Offsets, nbytes: int, *, deadline_s: float) -> Sums | None:
+        """On a stream of its own, beside the model. The first call makes the device ready for sums, in seconds."""
+        if region.kind != "cuda":
+            return None
+        require_inside(offsets, nbytes, region, "summed")
+        copier = self.copier(region.device)
+        if region.device not in self._summing:
+            copier.warm(COPY_AND_SUM, SUM)
+            self._summing.add(region.device)
+        sums = np.empty(len(offsets), dtype=np.int64)
+        run = Run(offsets, region.address, offsets, region.address, nbytes, "device")
+        copier.sum([run], Limits(StopToken(), deadline_s, "this process"), [sums])
+        return sums
 
     def close(self) -> None:
         for link in list(self._links):
@@ -177,7 +194,22 @@ class CudaLink(Link):
         self._remotes: dict[tuple[int, int], _Remote] = {}
 
     def read(self, blocks: list[BlockList], *, guard: Guard | None, stop: StopToken, deadline_s: float) -> None:
-        word = self._move(blocks, guard, stop, deadline_s, writing=False)
+        self._read(blocks, guard, stop, deadline_s, None)
+
+    def read_summed(
+        self, blocks: list[BlockList], *, guard: Guard | None, stop: StopToken, deadline_s: float
+    ) -> list[Sums] | None:
+        """Sums of the blocks as they were loaded, by the kernel that copies them."""
+        if any(part.nbytes > self._transport.settings.launch_bytes for part in blocks):
+            return super().read_summed(blocks, guard=guard, stop=stop, deadline_s=deadline_s)
+        sums = [np.empty(len(part.source_offsets), dtype=np.int64) for part in blocks]
+        self._read(blocks, guard, stop, deadline_s, sums)
+        return sums
+
+    def _read(
+        self, blocks: list[BlockList], guard: Guard | None, stop: StopToken, deadline_s: float, sums: list[Sums] | None
+    ) -> None:
+        word = self._move(blocks, guard, stop, deadline_s, writing=False, sums=sums)
         if guard is not None and word != guard.word:
             raise LeaseExpired("the lease's word changed while its blocks were read: recompute", peer=self._peer)
 
@@ -209,15 +241,23 @@ class CudaLink(Link):
         self._beacon.close()
 
     def _move(
-        self, blocks: list[BlockList], guard: Guard | None, stop: StopToken, deadline_s: float, *, writing: bool
+        self,
+        blocks: list[BlockList],
+        guard: Guard | None,
+        stop: StopToken,
+        deadline_s: float,
+        *,
+        writing: bool,
+        sums: list[Sums] | None = None,
     ) -> int:
         """The guard's word as loaded after the copy; 0 without one."""
         transport = self._transport
         limits = Limits(stop, deadline_s, self._peer)
         runs: dict[int, list[Run]] = {}
+        places: dict[int, list[int]] = {}
         remotes: dict[tuple[int, int], _Remote] = {}
         with self._copying():
-            for part in transport.bounded(blocks):
+            for place, part in enumerate(transport.bounded(blocks)):
                 theirs, ours = (part.target, part.source) if writing else (part.source, part.target)
                 assert isinstance(theirs, RemoteRegion) and isinstance(ours, Region)
                 device = ours.device if ours.kind == "cuda" else self._device_for(theirs)
@@ -228,13 +268,19 @@ class CudaLink(Link):
                 source, target = (here, there) if writing else (there, here)
                 run = Run(part.source_offsets, source, part.target_offsets, target, part.nbytes, path)
                 runs.setdefault(device, []).append(run)
+                places.setdefault(device, []).append(place)
             last = next(reversed(runs), None)
             at = self._guard_address(guard, remotes, last) if guard is not None and last is not None else None
             word = 0
             for device, of_device in runs.items():
                 # The last copy loads the word: after all bytes, in stream order behind its own.
                 loaded = at if device == last else None
-                word = transport.copier(device).copy(merged(of_device), limits, check=self._check, word=loaded)
+                copier = transport.copier(device)
+                joined = merged(of_device)
+                taken = None if sums is None else [np.empty(len(run.source_offsets), dtype=np.int64) for run in joined]
+                word = copier.copy(joined, limits, check=self._check, word=loaded, sums=taken)
+                if sums is not None and taken is not None:
+                    parted(of_device, taken, [sums[place] for place in places[device]])
             for remote in remotes.values():
                 self._beacon._require_registered(remote.shadow)
         return word
@@ -316,29 +362,3 @@ class CudaLink(Link):
                 self._idle.notify_all()
             if dead:
                 self.close()
-
-
-def merged(runs: list[Run]) -> list[Run]:
-    """The same copies, those of one size and path in one run: one launch instead of one a layer."""
-    if len(runs) <= 1:
-        return runs
-    groups: dict[tuple[int, Path], list[Run]] = {}
-    for run in runs:
-        groups.setdefault((run.nbytes, run.path), []).append(run)
-    return [
-        Run(
-            np.concatenate([run.source_offsets for run in group]),
-            _bases([run.source_base for run in group], group),
-            np.concatenate([run.target_offsets for run in group]),
-            _bases([run.target_base for run in group], group),
-            nbytes,
-            path,
-        )
-        for (nbytes, path), group in groups.items()
-    ]
-
-
-def _bases(bases: list[Any], group: list[Run]) -> int | Offsets:
-    if all(base == bases[0] for base in bases):
-        return int(bases[0])
-    return np.repeat(np.array(bases, dtype=np.int64), [len(run.source_offsets) for run in group])

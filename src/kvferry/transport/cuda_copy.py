@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
 import msgspec
@@ -14,6 +14,7 @@ import numpy.typing as npt
 from kvferry.errors import TransportError
 from kvferry.layout import Offsets
 from kvferry.transport import cuda_runtime as cuda
+from kvferry.transport.checksum import COPY, COPY_AND_SUM, SUM, Sums
 from kvferry.transport.copying import Limits
 from kvferry.transport.cuda_kernels import LARGE_LAUNCH_BYTES, Launcher, Tile, is_aligned, tile_for
 
@@ -82,6 +83,13 @@ class Lane:
         self.table = cuda.PinnedArray(4 * table_blocks)
         self.device_table = cuda.allocate(32 * table_blocks)
         self.word = cuda.PinnedArray(2)
+        self.sums: LaneSums | None = None
+
+    def with_sums(self) -> LaneSums:
+        """Room for checksums; made on first use."""
+        if self.sums is None:
+            self.sums = LaneSums(self.capacity)
+        return self.sums
 
     def close(self) -> None:
         for event in (*self.done, *self.uploaded):
@@ -91,6 +99,41 @@ class Lane:
         cuda.free(self.device_table)
         self.table.close()
         self.word.close()
+        if self.sums is not None:
+            self.sums.close()
+
+
+class LaneSums:
+    """Where launches add up checksums, two halves as the table has, and what each half's go to once it is complete."""
+
+    def __init__(self, capacity: int) -> None:
+        self._capacity = capacity
+        self._on_device = cuda.allocate(16 * capacity)
+        self._on_host = cuda.PinnedArray(2 * capacity)
+        self._wanted: list[Sums | None] = [None, None]
+
+    def begin(self, half: int, n: int, stream: int) -> int:
+        """The address of n zeros."""
+        address = self._on_device + 8 * half * self._capacity
+        cuda.zero(address, 8 * n, stream)
+        return address
+
+    def end(self, half: int, out: Sums, stream: int) -> None:
+        """Bring what was added up to the host, behind the launch; `take` then puts it into `out`."""
+        at = half * self._capacity
+        cuda.download(self._on_host.address + 8 * at, self._on_device + 8 * at, out.nbytes, stream)
+        self._wanted[half] = out
+
+    def take(self, half: int) -> None:
+        """The launch of this half is complete."""
+        out, self._wanted[half] = self._wanted[half], None
+        if out is not None:
+            at = half * self._capacity
+            out[:] = self._on_host.values[at : at + len(out)]
+
+    def close(self) -> None:
+        cuda.free(self._on_device)
+        self._on_host.close()
 
 
 class BlockCopier:
@@ -113,12 +156,13 @@ class BlockCopier:
             "host": settings.programs_host,
         }
 
-    def warm(self) -> None:
-        """Compile the usual kernels and make the first lane."""
+    def warm(self, *modes: int) -> None:
+        """Compile the usual kernels for copies, or for these modes, and make the first lane."""
         with cuda.use(self.device):
             for nbytes in (65536, 16384):
                 for total in (0, LARGE_LAUNCH_BYTES):
-                    self._launcher.warm(nbytes, total)
+                    for mode in modes or (COPY,):
+                        self._launcher.warm(nbytes, total, mode)
         self._put_lane(self._take_lane(None))
 
     def copy(
@@ -129,29 +173,51 @@ class BlockCopier:
         check: Callable[[], None] = lambda: None,
         word: int | None = None,
         tile: Tile | None = None,
+        sums: Sequence[Sums] | None = None,
     ) -> int:
         """Copy all runs; return when every byte is in place, with the 8 bytes at address `word` loaded after that.
 
         Args:
             check: looked at between launches and at the end; raises to end the copy (a peer is dead, a link closed).
             word: an address that the device reads, or None (then 0 is returned).
+            sums: int64 [n] for each run: take the blocks' checksums of what was read into these.
         Raises:
             HandoffAborted, TransferTimeout: by `limits`.
             TransportError: the GPU failed, or did not finish within `stuck_after_s`.
         After failure: some blocks are copied, some are not; none will be, for what was launched is waited for (T4).
         """
+        return self._launch_all(runs, limits, COPY if sums is None else COPY_AND_SUM, check, word, tile, sums)
+
+    def sum(self, runs: list[Run], limits: Limits, sums: Sequence[Sums]) -> None:
+        """Take the checksums of the runs' source blocks into `sums`, int64 [n] for each run; nothing is written.
+
+        Raises: as `copy` does.
+        """
+        self._launch_all(runs, limits, SUM, lambda: None, None, None, sums)
+
+    def _launch_all(
+        self,
+        runs: list[Run],
+        limits: Limits,
+        mode: int,
+        check: Callable[[], None],
+        word: int | None,
+        tile: Tile | None,
+        sums: Sequence[Sums] | None,
+    ) -> int:
         lane = self._take_lane(limits)
         before = cuda.enter(self.device)
         try:
             half = 0
             try:
-                for run in runs:
+                for number, run in enumerate(runs):
                     for first, last in self._parts(run):
                         if lane.busy[half]:
                             self._await(lane, half)
                             check()
                         limits.check()
-                        self._launch(lane, half, run, first, last, tile)
+                        out = None if sums is None else sums[number][first:last]
+                        self._launch(lane, half, run, first, last, mode, tile, out)
                         half ^= 1
                 if word is not None:
                     # Behind the copies in stream order; the event of the half launched last moves behind it.
@@ -199,7 +265,9 @@ class BlockCopier:
             yield first, last
             first, blocks = last, blocks * growth
 
-    def _launch(self, lane: Lane, half: int, run: Run, first: int, last: int, tile: Tile | None) -> None:
+    def _launch(
+        self, lane: Lane, half: int, run: Run, first: int, last: int, mode: int, tile: Tile | None, out: Sums | None
+    ) -> None:
         n = last - first
         at = half * 2 * lane.capacity
         table = lane.table.values[at : at + 2 * n]
@@ -218,15 +286,20 @@ class BlockCopier:
             else:
                 cuda.upload(on_device, address, 16 * n, lane.stream)
             address = on_device
+        sums = 0 if out is None else lane.with_sums().begin(half, n, lane.stream)
         self._launcher.copy(
             address,
             n,
             run.nbytes,
+            mode=mode,
+            sums=sums,
             aligned=is_aligned(table),
             programs=self._settings.programs_small if small else self._programs_for(run),
             stream=lane.stream,
             tile=tile or tile_for(run.nbytes, nbytes),
         )
+        if out is not None:
+            lane.with_sums().end(half, out, lane.stream)
         cuda.record(lane.done[half], lane.stream)
         lane.busy[half] = True
         now = time.perf_counter()
@@ -246,6 +319,8 @@ class BlockCopier:
             hurry = not lane.busy[other] or lane.takes_s[other] < self._settings.spin_s
             self._poll(done, lane.due_s[half], hurry)
         lane.busy[half] = False
+        if lane.sums is not None:
+            lane.sums.take(half)
         if lane.busy[other]:
             lane.due_s[other] = max(lane.due_s[other], time.perf_counter() + lane.takes_s[other])
 

@@ -16,24 +16,23 @@ import numpy.typing as npt
 import triton
 import triton.language as tl
 
-DIGEST_FACTOR = 0x9E3779B97F4A7C15
-"""Odd, so that any change of one word changes the digest. Source: Fibonacci hashing, 2**64 / golden ratio."""
+from kvferry.transport.checksum import COPY, FACTOR
 
 
 @triton.jit(do_not_specialize=["n", "nbytes"])
 def copy_blocks(
     table: tl.int64,
-    digests: tl.int64,
+    sums: tl.int64,
     n: tl.int32,
     nbytes: tl.int64,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
-    DIGEST: tl.constexpr,
+    SUMS: tl.constexpr,
 ):
     """Copy n blocks of nbytes whose addresses are multiples of 16, by 16-byte accesses; the tail by bytes.
 
-    With DIGEST 1 the digest of each block is added into `digests` (int64 [n], zeroed by the caller); with DIGEST 2
-    nothing is copied, the source blocks are only digested. Digests cover whole 4-byte words.
+    With SUMS 1 each block's checksum (`kvferry.transport.checksum`) of what was loaded is added into `sums`
+    (int64 [n], zeroed by the caller); with SUMS 2 nothing is copied, the source blocks are only summed.
     """
     at = table.to(tl.pointer_type(tl.int64))
     words = nbytes // 16 * 4
@@ -52,24 +51,51 @@ def copy_blocks(
         to = tl.max_contiguous(tl.multiple_of(to, (16, 16)), (1, COLS))
         mask = live[:, None] & (col < words)[None, :]
         value = tl.load(from_, mask=mask, other=0, cache_modifier=".cg")
-        if DIGEST != 2:
+        if SUMS != 2:
             tl.store(to, value, mask=mask, cache_modifier=".cg")
-        if DIGEST != 0:
-            factor = (col + 1).to(tl.int64) * DIGEST_FACTOR_
+        if SUMS != 0:
+            factor = factors_of(col)
             low = value.to(tl.uint32, bitcast=True).to(tl.int64)
             part = tl.sum(low * factor[None, :], axis=1)
-            tl.atomic_add(digests.to(tl.pointer_type(tl.int64)) + row, part, mask=live, sem="relaxed")
+            tl.atomic_add(sums.to(tl.pointer_type(tl.int64)) + row, part, mask=live, sem="relaxed")
         if (tail > 0) & (tile % pieces == pieces - 1):
             byte = tl.arange(0, 16)
             rest = live[:, None] & (byte < tail)[None, :]
             last_from = source.to(tl.pointer_type(tl.int8))[:, None] + words * 4 + byte[None, :]
             last_to = target.to(tl.pointer_type(tl.int8))[:, None] + words * 4 + byte[None, :]
-            tl.store(last_to, tl.load(last_from, mask=rest, other=0), mask=rest)
+            last = tl.load(last_from, mask=rest, other=0)
+            if SUMS != 2:
+                tl.store(last_to, last, mask=rest)
+            if SUMS != 0:
+                last_part = tl.sum(byte_parts(last, words * 4 + byte), axis=1)
+                tl.atomic_add(sums.to(tl.pointer_type(tl.int64)) + row, last_part, mask=live, sem="relaxed")
+
+
+@triton.jit
+def factors_of(place):
+    """What the word at each place of its block is multiplied with; place: int64 [COLS], counted in words."""
+    product = (place + 1).to(tl.int64) * FACTOR_
+    return (product ^ (product.to(tl.uint64, bitcast=True) >> 32).to(tl.int64, bitcast=True)) | 1
+
+
+@triton.jit
+def byte_parts(value, place):
+    """What bytes at these places of their blocks add to the sums; value: int8 [ROWS, COLS], place: int64 [COLS]."""
+    low = value.to(tl.uint8, bitcast=True).to(tl.int64) << (place % 4 * 8)[None, :]
+    return low * factors_of(place // 4)[None, :]
 
 
 @triton.jit(do_not_specialize=["n", "nbytes"])
-def copy_bytes(table: tl.int64, n: tl.int32, nbytes: tl.int64, ROWS: tl.constexpr, COLS: tl.constexpr):
-    """Copy n blocks of nbytes at any alignment, byte by byte: slow, and right."""
+def copy_bytes(
+    table: tl.int64,
+    sums: tl.int64,
+    n: tl.int32,
+    nbytes: tl.int64,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    SUMS: tl.constexpr,
+):
+    """Copy, and sum as `copy_blocks` does, n blocks of nbytes at any alignment, byte by byte: slow, and right."""
     at = table.to(tl.pointer_type(tl.int64))
     pieces = tl.cdiv(nbytes, COLS)
     for tile in range(tl.program_id(0).to(tl.int64), tl.cdiv(n, ROWS) * pieces, tl.num_programs(0)):
@@ -80,7 +106,11 @@ def copy_bytes(table: tl.int64, n: tl.int32, nbytes: tl.int64, ROWS: tl.constexp
         target = tl.load(at + n + row, mask=live, other=0)
         mask = live[:, None] & (col < nbytes)[None, :]
         value = tl.load(source.to(tl.pointer_type(tl.int8))[:, None] + col[None, :], mask=mask, other=0)
-        tl.store(target.to(tl.pointer_type(tl.int8))[:, None] + col[None, :], value, mask=mask)
+        if SUMS != 2:
+            tl.store(target.to(tl.pointer_type(tl.int8))[:, None] + col[None, :], value, mask=mask)
+        if SUMS != 0:
+            part = tl.sum(byte_parts(value, col), axis=1)
+            tl.atomic_add(sums.to(tl.pointer_type(tl.int64)) + row, part, mask=live, sem="relaxed")
 
 
 @triton.jit
@@ -90,7 +120,7 @@ def load_word(word: tl.int64, slot: tl.int64):
     tl.store(slot.to(tl.pointer_type(tl.int64)), value)
 
 
-DIGEST_FACTOR_ = tl.constexpr(DIGEST_FACTOR - (1 << 64))  # as a signed 64-bit number
+FACTOR_ = tl.constexpr(FACTOR - (1 << 64))  # as a signed 64-bit number
 
 
 class Tile(NamedTuple):
@@ -132,13 +162,6 @@ def num_tiles(n: int, nbytes: int, tile: Tile, unit_bytes: int) -> int:
     return -(-n // tile.rows) * max(1, -(-nbytes // (tile.cols * unit_bytes)))
 
 
-def block_digests(blocks: npt.NDArray[np.uint8]) -> npt.NDArray[np.int64]:
-    """What `copy_blocks` with DIGEST gives, computed on the host. blocks: uint8 [n, a multiple of 16]."""
-    words = blocks.view(np.uint32).astype(np.uint64)
-    factors = np.arange(1, words.shape[1] + 1, dtype=np.uint64) * np.uint64(DIGEST_FACTOR)
-    return (words * factors).sum(axis=1, dtype=np.uint64).view(np.int64)
-
-
 class Launcher:
     """Launches the kernels on one device, without Triton's own look-ups: those take tens of microseconds a launch.
 
@@ -160,32 +183,32 @@ class Launcher:
         programs: int,
         stream: int,
         tile: Tile | None = None,
-        digests: int = 0,
-        digest_only: bool = False,
+        mode: int = COPY,
+        sums: int = 0,
     ) -> None:
-        """Start copying the n blocks of a table at this address (a multiple of 16)."""
+        """Start copying the n blocks of a table at this address (a multiple of 16), or summing them into int64 [n],
+        zeros, at address `sums`, or both."""
         if aligned:
             shape = tile or tile_for(nbytes, n * nbytes)
             grid = min(programs, num_tiles(n, nbytes, shape, 4))
-            mode = 2 if digest_only else 1 if digests else 0
-            args: tuple[int, ...] = (table, digests, n, nbytes, shape.rows, shape.cols, mode)
-            ready = self._on_grid(copy_blocks, (shape, mode), args, shape.warps, grid)
+            kernel = copy_blocks
         else:
             shape = BYTE_TILE
             grid = min(programs, num_tiles(n, nbytes, shape, 1))
-            args = (table, n, nbytes, shape.rows, shape.cols)
-            ready = self._on_grid(copy_bytes, (shape,), args, shape.warps, grid)
-        ready(*args, stream=stream)
+            kernel = copy_bytes
+        args = (table, sums, n, nbytes, shape.rows, shape.cols, mode)
+        self._on_grid(kernel, (shape, mode), args, shape.warps, grid)(*args, stream=stream)
 
     def load_word(self, word: int, slot: int, *, stream: int) -> None:
         """Start loading the 8 bytes at address `word` into pinned host memory at `slot`."""
         args = (word, slot)
         self._on_grid(load_word, (word & 15, slot & 15), args, 1, 1)(*args, stream=stream)
 
-    def warm(self, nbytes: int, total_bytes: int) -> None:
+    def warm(self, nbytes: int, total_bytes: int, mode: int = COPY) -> None:
         """Compile what launches of this kind need, so that the first transfer does not wait for it."""
         shape = tile_for(nbytes, total_bytes)
-        self._kernel(copy_blocks, (shape, 0), (1 << 40, 0, 7, nbytes, shape.rows, shape.cols, 0), shape.warps)
+        args = (1 << 40, 1 << 40 if mode else 0, 7, nbytes, shape.rows, shape.cols, mode)
+        self._kernel(copy_blocks, (shape, mode), args, shape.warps)
         for low in (0, 8):
             self._kernel(load_word, (low, 0), ((1 << 40) + low, 1 << 40), 1)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -16,6 +17,11 @@ from kvferry.handoff.node import HandoffNode, Released
 from kvferry.layout import Fingerprint, KVLayout, LayerLayout, block_offsets
 from kvferry.protocol.events import ReleaseReason
 from kvferry.protocol.lease import HandoffSettings
+from kvferry.transfer import TransferSettings
+from kvferry.transport import registry
+from kvferry.transport.base import BlockList, Guard, RemoteRegion, StopToken
+from kvferry.transport.checksum import sums_of_blocks
+from kvferry.transport.shm import ShmLink, ShmTransport
 from kvferry.types import HandoffId, HandoffTicket, InstanceRef, Outcome, TerminalState, new_handoff_id
 
 LAYERS, BLOCKS, BLOCK_BYTES = 3, 32, 512
@@ -191,8 +197,33 @@ def test_another_prompt_under_the_same_id_is_refused(pair: tuple[Instance, Insta
     assert target.block(0, 1) == before
 
 
-def test_a_byte_changed_after_publishing_is_caught(pair: tuple[Instance, Instance]) -> None:
-    source, target = pair
+@pytest.fixture(params=[("xxh3", "shm"), ("sum", "shm"), ("sum", "tcp")], ids="-".join)
+def checked(request: pytest.FixtureRequest) -> Iterator[tuple[Instance, Instance]]:
+    """The source names the digest that both use."""
+    digest, transport = request.param
+    source = Instance("source", digest=digest, transports=(transport,))
+    target = Instance("a-target", transports=(transport,))
+    yield source, target
+    for instance in (source, target):
+        instance.close()
+
+
+def test_what_a_digest_covers_whole_or_in_part_is_delivered(checked: tuple[Instance, Instance]) -> None:
+    source, target = checked
+    one, two = ticket(source, target), ticket(source, target)
+    for each in (one, two):
+        source.node.offer(each, DIGEST, 3)
+        source.node.publish(each.handoff, range(2), 0, [5, 30, 7])
+        source.node.publish(each.handoff, range(2, 3), 0, [5, 30, 7])
+        source.node.seal(each.handoff)
+    target.node.drop_select(one, DIGEST, 0, [9, 2, 4])
+    assert_delivered(source, target, one.handoff, [5, 30, 7], [9, 2, 4])
+    target.node.drop_select(two, DIGEST, 1, [11, 12])
+    assert_delivered(source, target, two.handoff, [30, 7], [11, 12])
+
+
+def test_a_byte_changed_after_publishing_is_caught(checked: tuple[Instance, Instance]) -> None:
+    source, target = checked
     one = ticket(source, target)
     source.node.offer(one, DIGEST, 2)
     publish_all(source, one.handoff, [3, 4])
@@ -202,6 +233,61 @@ def test_a_byte_changed_after_publishing_is_caught(pair: tuple[Instance, Instanc
     assert (outcome.state, outcome.cause) == (TerminalState.RECOMPUTED, "integrity_error")
     assert "block 1 of the prompt, layers 1 to 1" in (outcome.detail or "")
     source.released(one.handoff)
+
+
+class SummingLink(ShmLink):
+    """Takes sums on the way, as the cuda transport's kernel does; what it reads is another thing than what it sums."""
+
+    scheme = "summing"
+    flip = 0
+
+    def read_summed(
+        self, blocks: list[BlockList], *, guard: Guard | None, stop: StopToken, deadline_s: float
+    ) -> list[Any]:
+        whole = [b._replace(source=_as_shm(b.source)) for b in blocks]
+        self.read(whole, guard=guard, stop=stop, deadline_s=deadline_s)
+        sums = [sums_of_blocks(b.target.buffer, b.target_offsets, b.nbytes) for b in blocks]  # type: ignore[union-attr]
+        sums[0][1] ^= SummingLink.flip
+        return sums
+
+    def load_word(self, region: RemoteRegion, offset: int, *, deadline_s: float) -> int:
+        return super().load_word(_as_shm(region), offset, deadline_s=deadline_s)
+
+
+class SummingTransport(ShmTransport):
+    scheme = "summing"
+
+    def connect(self, offer: Any, *, peer: str, incarnation: Any, deadline_s: float) -> SummingLink:
+        return SummingLink(offer, peer=peer, incarnation=incarnation)
+
+
+def _as_shm(region: Any) -> RemoteRegion:
+    return msgspec.structs.replace(region, handles={"shm": region.handles["summing"]})  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("flip", [0, 1 << 40])
+def test_sums_that_the_transport_takes_on_the_way_are_what_is_checked(
+    flip: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(SummingLink, "flip", flip)
+    monkeypatch.setitem(sys.modules, "summing_transport", sys.modules[__name__])
+    monkeypatch.setattr(registry, "_registrations", dict(registry._registrations))
+    registry.register_transport("summing", "summing_transport:SummingTransport", reach="host")
+    no_probe = TransferSettings(probe=False)
+    source = Instance("source", digest="sum", transports=("summing",), transfer=no_probe)
+    target = Instance("a-target", transports=("summing",), transfer=no_probe)
+    one = ticket(source, target)
+    source.node.offer(one, DIGEST, 2)
+    publish_all(source, one.handoff, [3, 4])
+    target.node.drop_select(one, DIGEST, 0, [1, 2])
+    outcome = target.outcome(one.handoff)
+    assert (outcome.state, outcome.cause) == (
+        (TerminalState.RECOMPUTED, "integrity_error") if flip else (TerminalState.DELIVERED, None)
+    ), outcome
+    if flip:
+        assert "block 1 of the prompt" in (outcome.detail or "")
+    for instance in (source, target):
+        instance.close()
 
 
 def test_preempted_blocks_are_never_taken_for_the_requests(pair: tuple[Instance, Instance]) -> None:

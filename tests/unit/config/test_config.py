@@ -118,7 +118,7 @@ def test_unknown_names_are_errors_that_name_the_nearest():
         ("ROUTER_TTL_S", "0s", ["> 0", "250ms"]),
         ("ROUTER_TTL_S", "3mS", ["'mS'", "did you mean ms?"]),
         ("TRANSFER_MAX_IN_FLIGHT_BYTES", "64mib", ["did you mean MiB?"]),
-        ("HANDOFF_DIGEST", "maybe", ["neither true nor false"]),
+        ("TRANSFER_VERIFY_DIGEST", "maybe", ["neither true nor false"]),
         ("HANDOFF_ON_FAILURE", "recomput", ["did you mean recompute?", "fail"]),
         ("ENGINE_ROLE", "prefil", ["did you mean prefill?"]),
         ("ENGINE_BLOCK_SIZE", "0", [">= 1"]),
@@ -229,7 +229,7 @@ def parser() -> argparse.ArgumentParser:
 
 def test_flags(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     args = parser().parse_args(
-        ["--port", "9", "--handoff-deadline-s", "2s", "--prefill", "a", "--prefill", "b,c", "--handoff-digest", "no"]
+        ["--port", "9", "--handoff-deadline-s", "2s", "--prefill", "a", "--prefill", "b,c", "--handoff-digest", "none"]
     )
     assert flags_of(args)["router.port"] == FlagValue("--port", "9")
     monkeypatch.chdir(tmp_path)
@@ -239,7 +239,7 @@ def test_flags(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     settings = load_settings(args)
     assert (settings.router.port, settings.router.host, settings.handoff.deadline_s) == (9, "localhost", 2.0)
     assert settings.router.prefill == ("a", "b", "c")
-    assert settings.handoff.digest is False
+    assert settings.handoff.digest == "none"
     assert load_settings().router.port == 7
     monkeypatch.setenv("KVFERRY_CONFIG", "")
     assert load_settings().router.port == 8000

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import xxhash
 
-from kvferry.handoff.digests import block_digests, digests_fit, first_difference
+from kvferry.handoff.digests import block_digests, digests_fit, first_difference, joined_sums
 from kvferry.layout import KVLayout, LayerLayout
 
 
@@ -43,6 +43,18 @@ def test_every_byte_of_the_run_counts_and_no_other() -> None:
                 inside = block_id in (1, 3) and byte < layout.block_bytes
                 assert changed == ((1, 3).index(block_id) if inside else None)
                 memory[0][at] ^= 1
+
+
+def test_joined_sums_tell_the_block_and_that_layers_changed_places() -> None:
+    sums = np.array([[1, 2, 3], [-5, 6, 2**62]], dtype=np.int64)
+    before = joined_sums(sums.ravel(), [4, 9])
+    assert len(before) == 3 * 8
+    for row, column in [(0, 0), (1, 0), (0, 2), (1, 2)]:
+        changed = sums.copy()
+        changed[row, column] ^= 1 << 50
+        assert first_difference(before, joined_sums(changed.ravel(), [4, 9])) == column
+    assert joined_sums(sums[::-1].ravel(), [9, 4]) == before  # another order of the same layers
+    assert first_difference(before, joined_sums(sums[::-1].ravel(), [4, 9])) == 0
 
 
 def test_digests_are_compared_only_where_blocks_look_alike() -> None:

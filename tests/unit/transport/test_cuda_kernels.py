@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from kvferry.transport.checksum import COPY, COPY_AND_SUM, SUM, sums_of_blocks
+
 pytest.importorskip("triton")
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -104,22 +106,49 @@ def test_aligned_blocks_land_and_nothing_else_changes(
 def test_unaligned_blocks_land_and_nothing_else_changes(kernels: Any, n: int, nbytes: int, skew: int) -> None:
     case = Case(n, nbytes, 1024 + skew, skew)
     assert not kernels.is_aligned(case.table)
-    kernels.copy_bytes[(2,)](case.table.ctypes.data, n, nbytes, kernels.BYTE_TILE.rows, kernels.BYTE_TILE.cols)
+    tile = kernels.BYTE_TILE
+    kernels.copy_bytes[(2,)](case.table.ctypes.data, 0, n, nbytes, tile.rows, tile.cols, COPY)
     assert np.array_equal(case.target, case.expected())
 
 
+def launch(kernels: Any, case: Case, mode: int) -> np.ndarray:
+    """The sums of a launch, with the kernel that the launcher would take."""
+    sums = aligned(8 * case.n).view(np.int64)
+    is_aligned = kernels.is_aligned(case.table)
+    tile = kernels.tile_for(case.nbytes, 0) if is_aligned else kernels.BYTE_TILE
+    kernel = kernels.copy_blocks if is_aligned else kernels.copy_bytes
+    args = (case.table.ctypes.data, sums.ctypes.data, case.n, case.nbytes, tile.rows, tile.cols, mode)
+    kernel[(2,)](*args)
+    return sums
+
+
 @inside
-@pytest.mark.parametrize("mode", [1, 2])
-@pytest.mark.parametrize("nbytes", [64, 1024, 20480])
-def test_digests_are_those_of_the_host(kernels: Any, mode: int, nbytes: int) -> None:
-    case = Case(3, nbytes, nbytes)
-    digests = aligned(32).view(np.int64)[:3]
-    tile = kernels.tile_for(nbytes, 0)
-    kernels.copy_blocks[(2,)](case.table.ctypes.data, digests.ctypes.data, 3, nbytes, tile.rows, tile.cols, mode)
-    blocks = np.stack([case.source[o : o + nbytes] for o in case.source_offsets])
-    assert digests.tolist() == kernels.block_digests(blocks).tolist()
-    copied = np.array_equal(case.target, case.expected())
-    assert copied == (mode == 1)
+@pytest.mark.parametrize("mode", [COPY_AND_SUM, SUM])
+@pytest.mark.parametrize(
+    ("nbytes", "stride", "skew"),
+    [
+        *((64, 64, 0), (1024, 1040, 0), (20480, 20480, 0)),  # whole 16-byte pieces, with and without gaps
+        *((8, 16, 0), (1000, 1024, 0), (1003, 1008, 0), (5001, 8192, 0)),  # tails of whole words, and of bytes
+        *((33, 40, 1), (700, 704, 4), (1026, 1100, 2)),  # no alignment
+    ],
+)
+def test_sums_are_those_of_the_host(kernels: Any, mode: int, nbytes: int, stride: int, skew: int) -> None:
+    case = Case(3, nbytes, stride, skew)
+    sums = launch(kernels, case, mode)
+    assert sums.tolist() == sums_of_blocks(case.source, case.source_offsets, nbytes).tolist()
+    assert np.array_equal(case.target, case.expected() if mode == COPY_AND_SUM else np.full_like(case.target, 0xEE))
+
+
+@inside
+@pytest.mark.parametrize(("nbytes", "skew"), [(1003, 0), (1003, 1)])
+def test_a_flipped_bit_changes_the_kernels_sum_wherever_it_is(kernels: Any, nbytes: int, skew: int) -> None:
+    case = Case(3, nbytes, 1008, skew)
+    sums = launch(kernels, case, SUM)
+    for at in (0, 5, 511, 512, 999, 1000, nbytes - 1):
+        case.source[case.source_offsets[1] + at] ^= 0x10
+        seen = launch(kernels, case, COPY_AND_SUM)
+        assert (seen != sums).tolist() == [False, True, False], f"byte {at}"
+        case.source[case.source_offsets[1] + at] ^= 0x10
 
 
 @inside
@@ -128,21 +157,6 @@ def test_the_word_is_loaded_whole(kernels: Any) -> None:
     words[0] = -(2**62) + 12345
     kernels.load_word[(1,)](words.ctypes.data, words.ctypes.data + 8)
     assert words[1] == words[0]
-
-
-def test_a_digest_changes_with_any_word_and_with_its_place() -> None:
-    from kvferry.transport.cuda_kernels import block_digests
-
-    block = np.random.default_rng(1).integers(0, 256, (1, 256), dtype=np.uint8)
-    seen = {int(block_digests(block)[0])}
-    for word in range(64):
-        changed = block.copy()
-        changed[0, word * 4] ^= 1
-        seen.add(int(block_digests(changed)[0]))
-    swapped = block.copy().view(np.uint32)
-    swapped[0, [3, 9]] = swapped[0, [9, 3]]
-    seen.add(int(block_digests(swapped.view(np.uint8))[0]))
-    assert len(seen) == 66
 
 
 @pytest.mark.parametrize("nbytes", [1, 16, 511, 512, 4096, 16384, 1 << 21])

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import msgspec
 
 from kvferry.errors import ConfigError
+from kvferry.handoff.digests import DigestKind
 
 SECRET_VARIABLE = "KVFERRY_CLUSTER_SECRET"
 
@@ -40,7 +41,7 @@ class ConnectorSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknow
     secret_file: str | None = None
     lease_ttl_s: float = 5.0
     heartbeat_s: float = 1.0
-    digest: bool = True
+    digest: DigestKind = "xxh3"
     max_loading_share: Annotated[float, msgspec.Meta(gt=0, le=1)] = 0.8
     layers_a_publish: Annotated[int, msgspec.Meta(ge=0)] = 0
     on_loaded: str | None = None
