@@ -97,6 +97,9 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     pool_saving_bytes: Annotated[
         Bytes, Meta(description="blocks that wait to be saved in the pool, at most; those beyond are not saved")
     ] = 256 << 20
+    pool_staging_bytes: Annotated[
+        Bytes, Meta(description="pinned host memory through which blocks of a GPU come from and go to the pool")
+    ] = 64 << 20
 
 
 class HandoffSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -13,7 +13,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
@@ -26,10 +26,11 @@ from kvferry.pool.cluster import PoolNodes
 from kvferry.pool.directory import Directory
 from kvferry.pool.fetching import fetch_blocks
 from kvferry.pool.gpu import gpu_of, open_device
+from kvferry.pool.hosts import require_way_back
 from kvferry.pool.keys import BlockSpace
 from kvferry.pool.messages import Leased
 from kvferry.pool.parts import BlockPart, Piece, block_bytes, parts_of, require_inside
-from kvferry.pool.pending import Pending, finished
+from kvferry.pool.pending import Loaded, Pending, Saved, finished
 from kvferry.transfer import Peer, TransferEngine, TransferSettings
 
 if TYPE_CHECKING:
@@ -42,32 +43,6 @@ CLOSE_TIMEOUT_S = 10.0
 CANCELLED = "cancelled"
 T = TypeVar("T")
 _log = get_log(__name__)
-
-
-class Loaded(NamedTuple):
-    """The first `num_blocks` blocks are whole in the caller's memory; the others hold unspecified bytes.
-
-    `tiers` says how many came from `host`, `disk` and, over other nodes, `remote`. Without a `cause` the rest is a
-    plain miss.
-    """
-
-    num_blocks: int = 0
-    nbytes: int = 0
-    tiers: Mapping[str, int] = {}
-    duration_s: float = 0.0
-    transport: str | None = None
-    cause: str | None = None
-
-
-class Saved(NamedTuple):
-    """Blocks that the pool took, had already, and did not take. `refused` ones have a cause or found no room there."""
-
-    stored: int = 0
-    duplicates: int = 0
-    refused: int = 0
-    nbytes: int = 0
-    duration_s: float = 0.0
-    cause: str | None = None
 
 
 class PoolAttachment:
@@ -84,6 +59,7 @@ class PoolAttachment:
         directory: str | None = None,
         transports: tuple[str, ...] = ("shm", "tcp"),
         transfer: TransferSettings | None = None,
+        listen: str = "tcp://127.0.0.1:0",
         deadline_s: float = 5.0,
         max_saving_bytes: int = 1 << 30,
         staging_bytes: int = 64 << 20,
@@ -91,11 +67,13 @@ class PoolAttachment:
     ) -> None:
         """
         Args:
-            nodes: their `tcp://host:port`; the first is this host's, which takes what is saved.
+            nodes: their `tcp://host:port`; the first takes what is saved, and is best one on this host.
             space: `BlockSpace.of` this rank's fingerprint and layout.
             buffers: the memory of each region that the layout names (numpy or torch, contiguous), all of it host memory
                 or all of it one GPU's.
             directory: `redis://host:port/number`, where nodes beyond these tell what they hold.
+            listen: where this engine's peers reach it: a first node on another host fetches what is saved from there,
+                at a port that the system chooses.
             deadline_s: for each lookup, load and save, its time in the queue included.
             max_saving_bytes: more than that is not queued to be saved; a single save always is.
             staging_bytes: pinned memory through which the blocks of a GPU come and go; four blocks at least.
@@ -104,6 +82,7 @@ class PoolAttachment:
         """
         if not nodes:
             raise ConfigError("a pool needs at least one node; name this host's first, such as tcp://127.0.0.1:7400")
+        require_way_back(nodes[0], listen)
         gpu = gpu_of(buffers)
         self._deadline_s, self._max_saving_bytes, self._wake = deadline_s, max_saving_bytes, wake
         self._loop = asyncio.new_event_loop()
@@ -112,7 +91,7 @@ class PoolAttachment:
         # asked before one is read from, one that is stopped leaves time for the others.
         call_s = 0.9 * deadline_s / (1 if len(nodes) == 1 and directory is None else 2)
 
-        def connect(address: str) -> PoolClient:
+        def connect(address: str, listen: str = "tcp://127.0.0.1:0") -> PoolClient:
             return PoolClient(
                 address,
                 space,
@@ -120,12 +99,15 @@ class PoolAttachment:
                 transports=transports,
                 transfer=transfer,
                 deadline_s=call_s,
+                listen=listen,
                 fetch=self._fetch,
                 on_lost=self._on_node_lost,
             )
 
         self._directory = None if directory is None else _open_directory(directory)
-        self._nodes = PoolNodes([connect(n) for n in nodes], directory=self._directory, connect=connect)
+        home = connect(nodes[0], f"{listen.rpartition(':')[0]}:0")
+        others = [connect(node) for node in nodes[1:]]
+        self._nodes = PoolNodes([home, *others], directory=self._directory, connect=connect)
         self._lock = threading.Lock()
         self._closed = False
         self._saving_bytes = 0

@@ -1,13 +1,42 @@
-"""What the attachment is doing for an engine, as the engine sees it: a value that comes, which can be asked to end."""
+"""What the attachment is doing for an engine, as the engine sees it: a value that comes, which can be asked to end.
+
+`Loaded` and `Saved` are what comes of a load and a save.
+"""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 T = TypeVar("T")
+
+
+class Loaded(NamedTuple):
+    """The first `num_blocks` blocks are whole in the caller's memory; the others hold unspecified bytes.
+
+    `tiers` says how many came from `host`, `disk` and, over other nodes, `remote`. Without a `cause` the rest is a
+    plain miss.
+    """
+
+    num_blocks: int = 0
+    nbytes: int = 0
+    tiers: Mapping[str, int] = {}
+    duration_s: float = 0.0
+    transport: str | None = None
+    cause: str | None = None
+
+
+class Saved(NamedTuple):
+    """Blocks that the pool took, had already, and did not take. `refused` ones have a cause or found no room there."""
+
+    stored: int = 0
+    duplicates: int = 0
+    refused: int = 0
+    nbytes: int = 0
+    duration_s: float = 0.0
+    cause: str | None = None
 
 
 class Pending(Generic[T]):

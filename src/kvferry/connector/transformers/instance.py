@@ -213,7 +213,9 @@ class EngineInstance:
             {0: self._memory.arena},
             secret=self._secret,
             directory=self.settings.pool.directory,
+            listen=self.settings.handoff.listen,
             deadline_s=engine.pool_deadline_s,
+            staging_bytes=engine.pool_staging_bytes,
             # Blocks that wait to be saved are missing to new requests.
             max_saving_bytes=min(engine.pool_saving_bytes, self._memory.arena.numel() // 4),
             wake=lambda: self.engine.wake(),

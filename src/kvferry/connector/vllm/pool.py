@@ -100,14 +100,16 @@ def attach_memory(
     Args:
         fingerprint: as `pool_fingerprint` made it.
         wake: called on the attachment's thread when a load or save has ended.
-    Raises: ConfigError: the KV cache is not in host memory.
+    Raises: ConfigError: a node of another host could not reach this one, or a package for CUDA is missing. KVError
+        where the GPU or the system refuses.
     """
     storages = layouts.storages(kv_caches)
     layout = layouts.layout_of(kv_caches, geometry, {s.address: i for i, s in enumerate(storages)})
     space = BlockSpace.of(fingerprint, layout, settings.namespace)
     nbytes = layout.num_blocks * layout.block_bytes * len(layout.layers)
     buffers = {i: s.buffer for i, s in enumerate(storages)}
-    return _attach(space, layout, buffers, settings, max_saving_bytes=int(nbytes * SAVING_SHARE), wake=wake), space
+    more = {"max_saving_bytes": int(nbytes * SAVING_SHARE), "staging_bytes": settings.pool_staging_bytes}
+    return _attach(space, layout, buffers, settings, wake=wake, **more), space
 
 
 def attach_lookup(space: BlockSpace, settings: ConnectorSettings) -> PoolAttachment:
@@ -127,5 +129,6 @@ def _attach(
         buffers,
         secret=settings.secret(),
         directory=settings.pool_directory,
+        listen=settings.listen,
         **more,
     )
