@@ -62,6 +62,13 @@ class EvictionPolicy(abc.ABC, Generic[Key]):
     def evict(self, held: Container[Key] = ()) -> Key | None:
         """Forget and return the block that should leave next; None if all are `held`, which must stay."""
 
+    def evict_many(self, count: int, held: Container[Key] = ()) -> list[Key]:
+        """As so many calls of `evict` would: at most `count` blocks, the first to leave first."""
+        victims: list[Key] = []
+        while len(victims) < count and (victim := self.evict(held)) is not None:
+            victims.append(victim)
+        return victims
+
 
 class LRU(EvictionPolicy[Key]):
     """The block that was not used for longest."""

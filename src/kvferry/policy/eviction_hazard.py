@@ -17,7 +17,7 @@ from collections.abc import Container
 
 import numpy as np
 
-from kvferry.policy.eviction import EvictionPolicy, Key, Place, first_free
+from kvferry.policy.eviction import EvictionPolicy, Key, Place
 
 NUM_AGES = 28
 NUM_PLACES = 11
@@ -79,29 +79,39 @@ class Hazard(EvictionPolicy[Key]):
             del self._queues[use[0]][key]
 
     def evict(self, held: Container[Key] = ()) -> Key | None:
-        rates, blocked = self._rates, list[int]()
-        victim: Key | None = None
-        while victim is None:
+        return next(iter(self.evict_many(1, held)), None)
+
+    def evict_many(self, count: int, held: Container[Key] = ()) -> list[Key]:
+        rates, blocked, victims = self._rates, list[int](), list[Key]()
+        while len(victims) < count:
             rate = min(rates)
             if rate == EMPTY:
                 break
             group = rates.index(rate)
-            queue = self._queues[group]
-            oldest = first_free(queue, held)
-            if oldest is None:
+            queue, rate_at, leaving = self._queues[group], self._rate_at[group], list[Key]()
+            for key, used_at in queue.items():
+                if key in held:
+                    continue
+                now = rate_at[self._age(used_at)]
+                if now > rate:
+                    # Another group's oldest block may earn less.
+                    rates[group] = now
+                    break
+                # This group stays the one that earns least.
+                rates[group] = rate = now
+                leaving.append(key)
+                if len(victims) + len(leaving) == count:
+                    break
+            else:
                 rates[group] = EMPTY
-                if queue:
+                if len(queue) > len(leaving):
                     blocked.append(group)
-                continue
-            now = self._rate_at[group][self._age(queue[oldest])]
-            rates[group] = now
-            if now <= rate:
-                victim = oldest
+            for key in leaving:
+                self._leave(key)
+            victims += leaving
         for group in blocked:
             rates[group] = 0.0
-        if victim is not None:
-            self._leave(victim)
-        return victim
+        return victims
 
     def _use(self, key: Key, place: Place[Key], before: _Use | None) -> None:
         now, reuses = self._time, 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+from collections.abc import Iterable
 
 import numpy as np
 import numpy.typing as npt
@@ -43,13 +44,17 @@ class Arena:
     def num_free(self) -> int:
         return len(self._free)
 
-    def take(self) -> int | None:
-        """A free slab, or None."""
-        return self._free.pop() if self._free else None
+    def take(self, count: int) -> list[int]:
+        """Free slabs, at most `count`."""
+        first = max(0, len(self._free) - count)
+        taken = self._free[first:]
+        del self._free[first:]
+        taken.reverse()
+        return taken
 
-    def give(self, slab: int) -> None:
-        """Free a slab that nobody reads or writes any more."""
-        self._free.append(slab)
+    def give(self, slabs: Iterable[int]) -> None:
+        """Free slabs that nobody reads or writes any more."""
+        self._free.extend(slabs)
 
     def offset(self, slab: int) -> int:
         """Where the slab starts in the region, in bytes."""

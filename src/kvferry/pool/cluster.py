@@ -87,7 +87,7 @@ class PoolNodes:
     async def exists(self, hashes: Sequence[bytes]) -> list[Tier | None]:
         """For each block the fastest tier in which any node holds it."""
         answers = list((await self._ask_all(hashes)).values())
-        return [_fastest([answer[i] for answer in answers]) for i in range(len(hashes))]
+        return answers[0] if len(answers) == 1 else [_fastest(tiers) for tiers in zip(*answers, strict=True)]
 
     async def longest_prefix(self, hashes: Sequence[bytes]) -> int:
         """How many of these blocks, from the first on, `get` would find now: one node must have them all."""
@@ -181,5 +181,5 @@ def _prefix(tiers: list[Tier | None]) -> int:
     return next((i for i, tier in enumerate(tiers) if tier is None), len(tiers))
 
 
-def _fastest(tiers: list[Tier | None]) -> Tier | None:
+def _fastest(tiers: tuple[Tier | None, ...]) -> Tier | None:
     return Tier.HOST if Tier.HOST in tiers else Tier.DISK if Tier.DISK in tiers else None

@@ -28,15 +28,29 @@ from kvferry.pool.keys import BlockSpace
 from kvferry.types import Incarnation
 
 BATCH = 5000
-NODES, EPOCHS = "kvferry:nodes", "kvferry:epochs"
+NODE, NODES, EPOCHS = "kvferry:node:", "kvferry:nodes", "kvferry:epochs"
 BORN = b"born"
+_holders = msgspec.msgpack.Decoder(list[tuple[int, ...]])
 
 HOLDERS = """
-local holders = {}
-for i = 1, #KEYS do holders[i] = redis.call('SMEMBERS', KEYS[i]) end
-return holders
+local size, hashes = tonumber(ARGV[1]), ARGV[2]
+local numbers, nodes, addresses, holders = {}, {}, {}, {}
+for first = 1, #hashes, size do
+  local members = redis.call('SMEMBERS', KEYS[1] .. string.sub(hashes, first, first + size - 1))
+  for i, node in ipairs(members) do
+    if not numbers[node] then
+      nodes[#nodes + 1] = node
+      addresses[#nodes] = redis.call('GET', KEYS[2] .. node)
+      numbers[node] = #nodes
+    end
+    members[i] = numbers[node] - 1
+  end
+  holders[#holders + 1] = members
+end
+return {nodes, addresses, cmsgpack.pack(holders)}
 """
-"""One command for a thousand blocks: as many commands take redis-py five times as long."""
+"""One command for a thousand blocks, their hashes in one argument and their holders, as places in the list of nodes, in
+one string: as many arguments and arrays took redis-py five times as long, as many commands ten times."""
 
 FORGET_DEAD = """
 if redis.call('EXISTS', KEYS[1]) == 0 then
@@ -112,16 +126,24 @@ class RedisDirectory(Directory):
     async def lookup(self, space: BlockSpace, hashes: Sequence[bytes]) -> list[tuple[str, ...]]:
         if not hashes:
             return []
-        prefix = self._prefix(space)
+        # Nobody reports a block without a hash, and the script would look for it for ever.
+        found: dict[bytes, tuple[str, ...]] = {b"": ()}
         async with self._asked():
-            holders: list[list[bytes]] = await self._redis.eval(HOLDERS, len(hashes), *(prefix + h for h in hashes))
-            nodes = sorted(set().union(*holders))
-            addresses = await self._addresses(nodes)
-            for node in nodes:
-                if node not in addresses:
-                    keys = [prefix + h for h, members in zip(hashes, holders, strict=True) if node in members]
-                    await self._forget(node, keys)
-        return [tuple(sorted(addresses[n] for n in members if n in addresses)) for members in holders]
+            for size in set(map(len, hashes)) - {0}:
+                found |= await self._lookup(self._prefix(space), size, [h for h in hashes if len(h) == size])
+        return list(map(found.__getitem__, hashes))
+
+    async def _lookup(self, prefix: bytes, size: int, hashes: Sequence[bytes]) -> dict[bytes, tuple[str, ...]]:
+        nodes, told, packed = await self._redis.eval(HOLDERS, 2, prefix, NODE, size, b"".join(hashes))
+        holders = _holders.decode(packed)
+        for number, node in enumerate(nodes):
+            if told[number] is None:
+                keys = [prefix + h for h, numbers in zip(hashes, holders, strict=True) if number in numbers]
+                await self._forget(node, keys)
+        addresses = {
+            numbers: tuple(sorted(told[n].decode() for n in numbers if told[n] is not None)) for numbers in set(holders)
+        }
+        return dict(zip(hashes, map(addresses.__getitem__, holders), strict=True))
 
     async def nodes(self) -> dict[Incarnation, str]:
         async with self._asked():
@@ -151,11 +173,11 @@ class RedisDirectory(Directory):
 
     async def _addresses(self, nodes: Sequence[bytes]) -> dict[bytes, str]:
         """Those that live."""
-        found = await self._redis.mget([b"kvferry:node:" + node for node in nodes]) if nodes else []
+        found = await self._redis.mget([NODE.encode() + node for node in nodes]) if nodes else []
         return {node: address.decode() for node, address in zip(nodes, found, strict=True) if address is not None}
 
     async def _forget(self, node: bytes, keys: Sequence[str | bytes]) -> None:
-        await self._redis.eval(FORGET_DEAD, 1 + len(keys), b"kvferry:node:" + node, *keys, node)
+        await self._redis.eval(FORGET_DEAD, 1 + len(keys), NODE.encode() + node, *keys, node)
 
     def _prefix(self, space: BlockSpace) -> bytes:
         prefix = self._prefixes.get(space)
@@ -176,4 +198,4 @@ class RedisDirectory(Directory):
 
 
 def _node_key(node: Incarnation) -> str:
-    return f"kvferry:node:{node:x}"
+    return f"{NODE}{node:x}"

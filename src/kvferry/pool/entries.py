@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from kvferry.policy.eviction import Place
 from kvferry.pool.epochs import Epoch
-from kvferry.pool.keys import BlockSpace
+from kvferry.pool.keys import BlockSpace, Tier
 
 Key = tuple[int, bytes]
 """The number of a block's space in its index, and its hash."""
@@ -66,6 +66,8 @@ class SpaceBooks:
     quota: int | None
     entries: dict[bytes, Entry] = field(default_factory=dict)
     pending: dict[bytes, PendingBlock] = field(default_factory=dict)
+    # The fastest tier of each block, so that a lookup of thousands touches no entry.
+    tiers: dict[bytes, Tier] = field(default_factory=dict)
     num_in_host: int = 0
     # Shared by the spaces of a namespace: their blocks in host memory, the one not used for longest first, which a
     # namespace at its quota gives up, whatever model it is of.

@@ -7,6 +7,7 @@ Slabs are freed only when no hold is left on them. Ways that a slab is held: a g
 from __future__ import annotations
 
 import heapq
+import itertools
 from collections import OrderedDict
 from collections.abc import Sequence
 
@@ -41,7 +42,7 @@ class BlockIndex:
         self._held: set[Key] = set()
         self._freed_slots: list[int] = []
         # Blocks that came or went since they were last asked for; the last word on each.
-        self._changes: dict[tuple[BlockSpace, bytes], bool] = {}
+        self._changes: dict[Key, bool] = {}
         self._num_pending = 0
         self._num_removed_slabs = 0
         self.evictions = 0
@@ -51,11 +52,7 @@ class BlockIndex:
     def tiers(self, space: BlockSpace, hashes: Sequence[bytes]) -> list[Tier | None]:
         """For each block the fastest tier that holds it; None for a miss."""
         known = self._spaces.get(space)
-        if known is None:
-            return [None] * len(hashes)
-        # Members of an enum take longer to look up than blocks do.
-        found, host, disk = map(known.entries.get, hashes), Tier.HOST, Tier.DISK
-        return [None if e is None else host if e.slab is not None else disk for e in found]
+        return [None] * len(hashes) if known is None else list(map(known.tiers.get, hashes))
 
     def find(self, space: BlockSpace, hashes: Sequence[bytes]) -> list[Entry | None]:
         """The committed blocks among these."""
@@ -96,7 +93,7 @@ class BlockIndex:
     def take_changes(self) -> dict[tuple[BlockSpace, bytes], bool]:
         """Blocks that came (True) or went (False) since the last call."""
         changes, self._changes = self._changes, {}
-        return changes
+        return {(self._names[number], block_hash): came for (number, block_hash), came in changes.items()}
 
     def roots_of(self, entries: Sequence[Entry]) -> list[bytes]:
         """For each block the hash of the first block of its prompt, or of the last one before a gap."""
@@ -143,31 +140,38 @@ class BlockIndex:
                 "larger slabs"
             )
         known = self._space(space)
-        put = Put(space, nbytes, self.epochs.current(space), [], 0, 0, replicas is not None)
-        duplicates = refused = 0
+        entries, pending, number = known.entries, known.pending, known.number
+        absent: dict[bytes, tuple[int, Place[Key]]] = {}
         for index, block_hash in enumerate(hashes):
-            entry = known.entries.get(block_hash)
             if replicas is None:
-                parent = (known.number, hashes[index - 1]) if index else None
+                parent = (number, hashes[index - 1]) if index else None
                 place = Place(first + index, max(length, first + index + 1), parent)
             else:
                 depth, num_blocks, before = replicas[index]
-                place = Place(depth, num_blocks, None if before is None else (known.number, before))
-            if block_hash in known.pending or (entry is not None and entry.slab is not None):
-                duplicates += 1
-                if entry is not None and replicas is None:
+                place = Place(depth, num_blocks, None if before is None else (number, before))
+            entry = entries.get(block_hash)
+            if entry is not None and entry.slab is not None:
+                if replicas is None:
                     # A prompt that computed it again would have used it, had its prefix been there.
                     self._touch(entry, place)
-                continue
-            slab = self._make_room(space, known)
-            if slab is None:
-                refused += 1
-                continue
-            block = PendingBlock(index, (known.number, block_hash), slab, place)
-            known.pending[block_hash] = block
-            self._num_pending += 1
-            put.blocks.append(block)
-        return put._replace(duplicates=duplicates, refused=refused)
+            elif block_hash not in pending:
+                absent.setdefault(block_hash, (index, place))
+        slabs = self._make_room(space, known, len(absent))
+        blocks = [
+            PendingBlock(index, (number, block_hash), slab, place)
+            for (block_hash, (index, place)), slab in zip(absent.items(), slabs, strict=False)
+        ]
+        pending.update((block.key[1], block) for block in blocks)
+        self._num_pending += len(blocks)
+        return Put(
+            space,
+            nbytes,
+            self.epochs.current(space),
+            blocks,
+            duplicates=len(hashes) - len(absent),
+            refused=len(absent) - len(blocks),
+            replica=replicas is not None,
+        )
 
     def commit_put(self, put: Put, digests: Sequence[int]) -> list[Entry]:
         """The slabs are filled: from now on readers see these blocks. What was removed meanwhile is dropped.
@@ -191,7 +195,7 @@ class BlockIndex:
             if entry is None:
                 entry = Entry(block.key, put.nbytes, digest, block.place)
                 known.entries[block.key[1]] = entry
-                self._changes[put.space, block.key[1]] = True
+                self._changes[block.key] = True
             self._in_host(known, entry, block.slab, replica=put.replica)
             stored.append(entry)
         return stored
@@ -241,21 +245,21 @@ class BlockIndex:
         else:
             self._held.discard(entry.key)
 
-    def pin(self, space: BlockSpace, hashes: Sequence[bytes]) -> int:
-        """Keep these blocks in host memory until as many `unpin`; returns how many of them are there."""
+    def pin(self, space: BlockSpace, hashes: Sequence[bytes]) -> list[Entry]:
+        """Keep those of these blocks that are in host memory there, each until `unpin`; returns them."""
         found = [entry for entry in self.find(space, hashes) if entry is not None and entry.slab is not None]
         for entry in found:
             entry.pins += 1
             self.hold(entry)
-        return len(found)
+        return found
 
-    def unpin(self, space: BlockSpace, hashes: Sequence[bytes]) -> int:
-        """Take back one pin of each; returns how many had one."""
-        found = [entry for entry in self.find(space, hashes) if entry is not None and entry.pins]
-        for entry in found:
-            entry.pins -= 1
-            self.release(entry)
-        return len(found)
+    def unpin(self, entry: Entry) -> bool:
+        """Take back one pin of the block; False where its removal did so before."""
+        if entry.removed:
+            return False
+        entry.pins -= 1
+        self.release(entry)
+        return True
 
     def apply_removal(
         self,
@@ -309,15 +313,16 @@ class BlockIndex:
             return False
         entry = Entry((known.number, block_hash), nbytes, digest, Place(), slot=slot)
         known.entries[block_hash] = entry
-        self._changes[space, block_hash] = True
+        known.tiers[block_hash] = Tier.DISK
+        self._changes[entry.key] = True
         return True
 
     def begin_load(self, entry: Entry) -> int | None:
         """A slab into which a block that is on disk only may be read; None where there is no room."""
         space = self.space_of(entry)
-        slab = self._make_room(space, self._space(space))
-        self._num_pending += slab is not None
-        return slab
+        slabs = self._make_room(space, self._space(space), 1)
+        self._num_pending += len(slabs)
+        return slabs[0] if slabs else None
 
     def end_load(self, entry: Entry, slab: int, *, good: bool) -> None:
         """The slab holds the block's bytes; or (not `good`) it does not: the block on disk is broken and forgotten."""
@@ -350,6 +355,10 @@ class BlockIndex:
         assert total == self.arena.num_slabs, f"{total} slabs accounted for, {self.arena.num_slabs} exist"
         assert len({e.slab for e in in_host}) == len(in_host), "two blocks share a slab"
         assert {e.key for e in in_host} == {e.key for e in self.all_in_host()}, "blocks in use order and blocks differ"
+        told = {h: tier for known in self._spaces.values() for h, tier in known.tiers.items()}
+        assert told == {e.key[1]: Tier.DISK if e.slab is None else Tier.HOST for e in entries}, (
+            "tiers are not the blocks'"
+        )
         assert sum(e.replica for e in in_host) == self.num_replicas, "replicas are miscounted"
         assert {e.key for e in in_host if e.holds} == self._held, "held keys and holds differ"
         assert len(self._policy) == len(in_host), f"the policy knows {len(self._policy)} of {len(in_host)} blocks"
@@ -368,49 +377,62 @@ class BlockIndex:
             self._names.append(space)
         return known
 
-    def _make_room(self, space: BlockSpace, known: SpaceBooks) -> int | None:
-        used = self._used.get(space.namespace, 0)
-        if known.quota is not None and (used + 1) * self.arena.slab_bytes > known.quota:
-            own = next((key for key in known.recent if key not in self._held), None)
-            if own is None:
-                return None
-            self._policy.discard(own)
-            owner = self._numbers[own[0]]
-            self._leave_host(owner, owner.entries[own[1]])
-        elif not self.arena.num_free:
-            victim = self._policy.evict(self._held)
-            if victim is None:
-                return None
-            victims = self._numbers[victim[0]]
-            self._leave_host(victims, victims.entries[victim[1]])
-        slab = self.arena.take()
-        if slab is not None:
-            self._used[space.namespace] = self._used.get(space.namespace, 0) + 1
-        return slab
+    def _make_room(self, space: BlockSpace, known: SpaceBooks, count: int) -> list[int]:
+        """Take at most `count` slabs; others leave where the arena or the namespace's quota is full."""
+        slabs: list[int] = []
+        while len(slabs) < count:
+            wanted = count - len(slabs)
+            if known.quota is not None:
+                below = known.quota // self.arena.slab_bytes - self._used.get(space.namespace, 0)
+                if below < 1:
+                    own = list(itertools.islice((key for key in known.recent if key not in self._held), wanted))
+                    for key in own:
+                        self._policy.discard(key)
+                    self._leave_host(own)
+                    wanted = len(own)
+                else:
+                    wanted = min(wanted, below)
+            if self.arena.num_free < wanted:
+                self._leave_host(self._policy.evict_many(wanted - self.arena.num_free, self._held))
+            taken = self.arena.take(wanted)
+            if not taken:
+                break
+            self._used[space.namespace] = self._used.get(space.namespace, 0) + len(taken)
+            slabs += taken
+        return slabs
 
     def _in_host(self, known: SpaceBooks, entry: Entry, slab: int, *, replica: bool = False) -> None:
         entry.slab, entry.replica = slab, replica
         self.num_replicas += replica
         known.recent[entry.key] = None
         known.num_in_host += 1
+        known.tiers[entry.key[1]] = Tier.HOST
         self._policy.insert(entry.key, entry.place)
 
-    def _leave_host(self, known: SpaceBooks, entry: Entry) -> None:
-        """Evicted: the slab is free; the block stays where it is on disk, too."""
-        self.evictions += 1
-        assert entry.slab is not None
-        slab, entry.slab = entry.slab, None
-        self._no_replica(entry)
-        del known.recent[entry.key]
-        known.num_in_host -= 1
-        self._free_slab(self.space_of(entry).namespace, slab)
-        if entry.slot is None:
-            self._forget(known, entry)
+    def _leave_host(self, keys: Sequence[Key]) -> None:
+        """Evicted: their slabs are free; each block stays where it is on disk, too."""
+        self.evictions += len(keys)
+        slabs: list[int] = []
+        for key in keys:
+            known = self._numbers[key[0]]
+            entry = known.entries[key[1]]
+            assert entry.slab is not None
+            slabs.append(entry.slab)
+            entry.slab = None
+            self._no_replica(entry)
+            del known.recent[key]
+            known.num_in_host -= 1
+            self._used[self._names[key[0]].namespace] -= 1
+            if entry.slot is None:
+                self._forget(known, entry)
+            else:
+                known.tiers[key[1]] = Tier.DISK
+        self.arena.give(slabs)
 
     def _forget(self, known: SpaceBooks, entry: Entry) -> None:
         entry.removed = True
-        del known.entries[entry.key[1]]
-        self._changes[self.space_of(entry), entry.key[1]] = False
+        del known.entries[entry.key[1]], known.tiers[entry.key[1]]
+        self._changes[entry.key] = False
         if entry.slot is not None:
             self._freed_slots.append(entry.slot)
             entry.slot = None
@@ -445,5 +467,5 @@ class BlockIndex:
         self._num_pending -= 1
 
     def _free_slab(self, namespace: str, slab: int) -> None:
-        self.arena.give(slab)
+        self.arena.give((slab,))
         self._used[namespace] -= 1

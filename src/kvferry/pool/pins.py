@@ -2,44 +2,46 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Hashable, Sequence
 
+from kvferry.pool.entries import Entry
 from kvferry.pool.index import BlockIndex
 from kvferry.pool.keys import BlockSpace
 
 
 class Pins:
-    """Every pin of a node by the client that set it. Used on one thread."""
+    """Every pin of a node by the client that set it. Used on one thread.
+
+    A pin is on the block that was there: its removal ends it, and what is put under the same hash later is not pinned.
+    """
 
     def __init__(self, index: BlockIndex) -> None:
         self._index = index
-        self._by_owner: dict[Hashable, Counter[tuple[BlockSpace, bytes]]] = {}
+        self._by_owner: dict[Hashable, dict[tuple[BlockSpace, bytes], list[Entry]]] = {}
 
     def pin(self, owner: Hashable, space: BlockSpace, hashes: Sequence[bytes]) -> int:
         """Pin these blocks; returns how many of them are in host memory."""
-        mine, count = self._by_owner.setdefault(owner, Counter()), 0
-        for block_hash in hashes:
-            pinned = self._index.pin(space, [block_hash])
-            if pinned:
-                mine[space, block_hash] += pinned
-            count += pinned
-        return count
+        mine = self._by_owner.setdefault(owner, {})
+        pinned = self._index.pin(space, hashes)
+        for entry in pinned:
+            mine.setdefault((space, entry.key[1]), []).append(entry)
+        return len(pinned)
 
     def unpin(self, owner: Hashable, space: BlockSpace, hashes: Sequence[bytes]) -> int:
         """Take back one pin of the owner's own on each; returns how many had one."""
-        mine, count = self._by_owner.get(owner, Counter()), 0
+        mine, count = self._by_owner.get(owner, {}), 0
         for block_hash in hashes:
-            if not mine[space, block_hash]:
-                continue
-            count += self._index.unpin(space, [block_hash])
-            mine[space, block_hash] -= 1
-            if not mine[space, block_hash]:
-                del mine[space, block_hash]
+            pinned = mine.get((space, block_hash), [])
+            while pinned:
+                if self._index.unpin(pinned.pop()):
+                    count += 1
+                    break
+            if not pinned:
+                mine.pop((space, block_hash), None)
         return count
 
     def end_all(self, owner: Hashable) -> None:
         """The owner is gone."""
-        for (space, block_hash), count in self._by_owner.pop(owner, Counter()).items():
-            for _ in range(count):
-                self._index.unpin(space, [block_hash])
+        for pinned in self._by_owner.pop(owner, {}).values():
+            for entry in pinned:
+                self._index.unpin(entry)

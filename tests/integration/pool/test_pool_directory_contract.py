@@ -40,6 +40,17 @@ async def test_only_live_nodes_count_and_each_for_what_it_reported(directories: 
     assert await two.lookup(SPACE, [b"2"]) == [("tcp://b:1",)]
 
 
+async def test_hashes_of_any_length_are_looked_up_in_one_call_in_order(directories: Views) -> None:
+    directory = directories()
+    await directory.join(A, "tcp://a:1", 5.0)
+    await directory.join(B, "tcp://b:1", 5.0)
+    await directory.report(A, [(SPACE, b"12"), (SPACE, b"3" * 64)], [])
+    await directory.report(B, [(SPACE, b"1"), (SPACE, b"12")], [])
+    asked = [b"12", b"", b"1", b"3" * 64, b"12", b"2"]
+    both, a, b = ("tcp://a:1", "tcp://b:1"), ("tcp://a:1",), ("tcp://b:1",)
+    assert await directory.lookup(SPACE, asked) == [both, (), b, a, both, ()]
+
+
 async def test_a_lease_that_lapses_takes_the_node_s_entries_along(directories: Views) -> None:
     one, two = directories(), directories()
     await one.join(A, "tcp://a:1", 0.3)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 
 import pytest
@@ -50,6 +51,27 @@ def test_books_agree_with_a_set_whatever_happens(name: str) -> None:
         left.add(victim)
     assert left == cached
     assert len(policy) == 0
+
+
+@pytest.mark.parametrize("name", POLICY_NAMES)
+def test_many_leave_as_one_after_the_other_would(name: str) -> None:
+    rng, capacity = random.Random(7), 60
+    policy = create_eviction(name, capacity, int)
+    num_left = 0
+    for key in (rng.randrange(120) for _ in range(4000)):
+        place = Place(key % 8, 8, key - 1 if key % 8 else None)
+        if key in policy:
+            policy.touch(key, place)
+            continue
+        if len(policy) >= capacity:
+            held, count = set(rng.sample(range(120), 30)), rng.randrange(1, 50)
+            twin = copy.deepcopy(policy)
+            one_by_one = [twin.evict(held) for _ in range(count)]
+            many = policy.evict_many(count, held)
+            assert many == [victim for victim in one_by_one if victim is not None]
+            num_left += len(many)
+        policy.insert(key, place)
+    assert num_left > 200
 
 
 @pytest.mark.parametrize("name", POLICY_NAMES)

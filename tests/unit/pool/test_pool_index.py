@@ -71,11 +71,11 @@ def test_held_blocks_are_not_evicted_and_a_full_arena_refuses() -> None:
     put(index, SPACE, names(3))
     assert index.tiers(SPACE, names(1, 2, 3)) == [Tier.HOST, None, Tier.HOST]
     assert second.removed
-    assert index.pin(SPACE, names(3, 9)) == 1
+    (pinned,) = index.pin(SPACE, names(3, 9))
     assert index.begin_put(SPACE, names(4), SLAB, first=0, length=1).refused == 1
     index.release(first)
     assert len(put(index, SPACE, names(4))) == 1
-    assert index.unpin(SPACE, names(3, 4)) == 1
+    assert index.unpin(pinned)
     assert index.evictions == 2
     with pytest.raises(InvalidTransition):
         index.release(first)
@@ -114,6 +114,34 @@ def test_a_namespace_at_its_quota_gives_up_its_own_oldest_block() -> None:
     assert index.tiers(OTHER, names(8)) == [Tier.HOST]
     index.pin(SPACE, names(2, 3))
     assert index.begin_put(SPACE, names(4), SLAB, first=0, length=1).refused == 1
+    index.check_integrity()
+
+
+def test_one_put_may_fill_a_quota_and_go_on_with_its_namespace_s_own_blocks() -> None:
+    index = make_index(6, quotas={"a": 3 * SLAB})
+    put(index, OTHER, names(7, 8, 9))
+    put(index, SPACE, names(1))
+    assert len(put(index, SPACE, names(2, 3, 4))) == 3
+    assert index.tiers(SPACE, names(1, 2, 3, 4)) == [None, Tier.HOST, Tier.HOST, Tier.HOST]
+    assert index.tiers(OTHER, names(7, 8, 9)) == [Tier.HOST] * 3
+    index.check_integrity()
+
+
+def test_a_put_does_not_push_out_what_it_brings_again() -> None:
+    index = make_index(3)
+    put(index, SPACE, names(1, 2, 3))
+    begun = index.begin_put(SPACE, names(4, 1), SLAB, first=0, length=2)
+    assert (len(begun.blocks), begun.duplicates) == (1, 1)
+    index.commit_put(begun, [7])
+    assert index.tiers(SPACE, names(1, 2, 3, 4)) == [Tier.HOST, None, Tier.HOST, Tier.HOST]
+    index.check_integrity()
+
+
+def test_a_hash_that_is_named_twice_in_one_put_is_stored_once() -> None:
+    index = make_index()
+    begun = index.begin_put(SPACE, names(1, 1), SLAB, first=0, length=2)
+    assert (len(begun.blocks), begun.duplicates) == (1, 1)
+    index.commit_put(begun, [7])
     index.check_integrity()
 
 
