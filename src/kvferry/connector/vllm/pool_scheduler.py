@@ -2,8 +2,8 @@
 
 It lives beside `scheduler.py`, called in the same order. For each request:
 
-- when it arrives, the pool is asked for the longest prefix of its full blocks; `num_new_matched_tokens` says "ask
-  again" until the answer is there, and 0 when it is late;
+- when it arrives, before it queues, the pool is asked for the longest prefix of its full blocks, and told to bring what
+  of them lies on disk; `num_new_matched_tokens` says "ask again" until the answer is there, and 0 when it is late;
 - what was found is loaded like a handoff: the request waits with its blocks reserved, and a load that fails is
   computed here (`take_failed_blocks` in `pool_worker.py`);
 - each block that a step makes whole is offered to the pool with that step's plan, unless the pool has it.
@@ -51,6 +51,7 @@ class PoolSchedulerHalf:
 
     Args:
         look_up: starts to ask how many of these blocks, from the first on, the pool has; must not block.
+        prefetch: starts to bring those on disk into the memory of this host's node; must not block.
         wait_s: how long a request waits for the answer; then it is computed as if there were no pool.
         count: told each look-up's end: `hit`, `miss`, `late`.
     """
@@ -61,11 +62,12 @@ class PoolSchedulerHalf:
         block_size: int,
         look_up: Callable[[Sequence[bytes]], Answer],
         wait_s: float,
+        prefetch: Callable[[Sequence[bytes]], object] = lambda hashes: None,
         count: Callable[[str], None] = lambda result: None,
         clock: Clock | None = None,
     ) -> None:
         self._block_size = block_size
-        self._look_up = look_up
+        self._look_up, self._prefetch = look_up, prefetch
         self._wait_s = wait_s
         self._count = count
         self._clock = clock or RealClock()
@@ -77,15 +79,18 @@ class PoolSchedulerHalf:
         """Whether no request is known."""
         return not self._requests
 
-    def on_new_request(self, request_id: str, hashes: Sequence[bytes], num_tokens: int) -> None:
-        """Ask the pool at once, so that its answer is there when the request's turn comes.
+    def on_new_request(
+        self, request_id: str, hashes: Sequence[bytes], num_tokens: int, *, is_brought: bool = False
+    ) -> None:
+        """Ask the pool at once, so that its answer is there when the request's turn comes, and the blocks in memory.
 
         Args:
             hashes: vLLM's hashes of the full blocks, a list that grows.
             num_tokens: the prompt's.
+            is_brought: a handoff is to bring its KV; only if that fails is anything loaded.
         """
         self._requests[request_id] = request = PoolRequest(hashes, None, self._clock.now_s())
-        self._ask(request, num_tokens)
+        self._ask(request, num_tokens, prefetch=not is_brought)
 
     def num_new_matched_tokens(self, request_id: str, num_computed: int, num_tokens: int) -> int | None:
         """Tokens that the pool has beyond the `num_computed` that are here; None: not known yet, ask again.
@@ -148,11 +153,13 @@ class PoolSchedulerHalf:
 
     # Inside
 
-    def _ask(self, request: PoolRequest, num_tokens: int) -> None:
+    def _ask(self, request: PoolRequest, num_tokens: int, *, prefetch: bool = True) -> None:
         wanted = list(request.hashes[: (num_tokens - 1) // self._block_size])
         request.asked_s = self._clock.now_s()
         request.num_found, request.may_load = 0, True
         request.answer = self._look_up(wanted) if wanted else None
+        if wanted and prefetch:
+            self._prefetch(wanted)
 
     def _take_answer(self, request: PoolRequest) -> bool:
         """Whether the question is settled; what was found is noted then."""

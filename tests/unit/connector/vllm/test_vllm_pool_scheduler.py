@@ -16,9 +16,14 @@ class Half:
     """The book with its clock, the pool's open questions, and what was counted."""
 
     def __init__(self):
-        self.clock, self.counted, self.asked = VirtualClock(), [], []
+        self.clock, self.counted, self.asked, self.prefetched = VirtualClock(), [], [], []
         self.book = PoolSchedulerHalf(
-            block_size=BLOCK, look_up=self.look_up, wait_s=WAIT_S, count=self.counted.append, clock=self.clock
+            block_size=BLOCK,
+            look_up=self.look_up,
+            prefetch=self.prefetched.append,
+            wait_s=WAIT_S,
+            count=self.counted.append,
+            clock=self.clock,
         )
 
     def look_up(self, hashes):
@@ -62,6 +67,14 @@ def half():
 def test_the_pool_is_asked_at_arrival_for_all_full_blocks_but_that_of_the_last_token(half):
     half.add(48)
     assert half.asked[0][0] == hashes_of(2)
+
+
+def test_what_lies_on_disk_is_fetched_from_arrival_on_unless_a_handoff_brings_it(half):
+    half.add(48)
+    half.book.on_new_request("brought", hashes_of(3), 48, is_brought=True)
+    half.add(10, name="short")
+    assert half.prefetched == [hashes_of(2)]
+    assert len(half.asked) == 2, "the pool is asked all the same, in case the handoff fails"
 
 
 @pytest.mark.parametrize("num_tokens", [1, 15, 16])
