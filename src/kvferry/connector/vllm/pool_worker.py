@@ -2,6 +2,10 @@
 
 It lives beside `worker.py` and is called at the same points of a step: `begin_step` before the forward may overwrite
 anything, `start_loads` before or after it, `save` after its launch, `finished` and `take_failed_blocks` at the end.
+
+On a GPU, vLLM runs ahead: a forward that it has launched may still write into blocks which it has given to another
+request meanwhile. (As a consumer of KV it waits with that itself, as a mere producer, which loads from a pool all the
+same, it does not.) So loads begin behind the forwards that were launched before their step, and saves behind their own.
 """
 
 from __future__ import annotations
@@ -12,7 +16,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
 
-from kvferry.connector.vllm.metadata import PoolSave, StepPlan
+from kvferry.connector.vllm.metadata import PoolLoad, PoolSave, StepPlan
 from kvferry.connector.vllm.stream import AfterForward
 
 DROP_LIMIT_S = 10.0
@@ -71,10 +75,10 @@ class PoolLike(Protocol):
 
 @dataclass
 class Loading:
-    """One request's load."""
+    """One request's load. It waits for earlier forwards until it has a `pending`."""
 
     block_ids: list[int]
-    pending: PendingLike[LoadedLike]
+    pending: PendingLike[LoadedLike] | None = None
 
 
 @dataclass
@@ -127,23 +131,24 @@ class PoolWorkerHalf:
         return not self._loads and not self._saves
 
     def begin_step(self, plan: StepPlan) -> None:
-        """Stop the saves of requests that lost their blocks. When this returns, nothing reads them any more.
+        """Stop the saves of requests that lost their blocks; begin this step's loads behind the forwards before it.
 
-        Must run before the step's forward, in which the blocks have new owners. A second call for the same plan does
-        nothing.
+        Must run before the step's forward, in which the blocks have new owners: when this returns, nothing reads them
+        any more. A second call for the same plan does nothing.
         """
         if plan is self._begun:
             return
         self._begun = plan
         for request_id in plan.pool_drops:
             self._drop(request_id)
+        if plan.pool_loads:
+            work = [(load, Loading(load.block_ids)) for load in plan.pool_loads]
+            self._loads.update((load.request_id, loading) for load, loading in work)
+            self._after_forward.do(lambda: self._begin_loads(work))
 
     def start_loads(self, plan: StepPlan) -> None:
-        """Begin this step's loads."""
+        """See to it that this step's loads have begun."""
         self.begin_step(plan)
-        for load in plan.pool_loads:
-            self._loads[load.request_id] = Loading(load.block_ids, self._pool.load(load.hashes, load.block_ids))
-            self._trace(load.request_id, f"asked the pool for {len(load.hashes)} blocks")
 
     def save(self, plan: StepPlan) -> None:
         """The step's forward is enqueued: offer the blocks that it completes, once it has."""
@@ -177,6 +182,11 @@ class PoolWorkerHalf:
         return failed
 
     # Inside
+
+    def _begin_loads(self, work: list[tuple[PoolLoad, Loading]]) -> None:
+        for load, loading in work:
+            loading.pending = self._pool.load(load.hashes, load.block_ids)
+            self._trace(load.request_id, f"asked the pool for {len(load.hashes)} blocks")
 
     def _begin_saves(self, work: list[tuple[PoolSave, Saving]]) -> None:
         for save, saving in work:
@@ -214,10 +224,9 @@ class PoolWorkerHalf:
         return over
 
     def _take_loaded(self) -> set[str]:
-        over = {request_id for request_id, load in self._loads.items() if load.pending.done()}
-        for request_id in over:
-            load = self._loads.pop(request_id)
-            loaded = load.pending.result()
+        over = {r: load.pending for r, load in self._loads.items() if load.pending is not None and load.pending.done()}
+        for request_id, pending in over.items():
+            load, loaded = self._loads.pop(request_id), pending.result()
             good, rest = load.block_ids[: loaded.num_blocks], load.block_ids[loaded.num_blocks :]
             if rest:
                 self._failed_blocks.update(rest)
@@ -229,4 +238,4 @@ class PoolWorkerHalf:
                 self._on_loaded(good)
             self._count_load(loaded, len(load.block_ids))
             self._trace(request_id, f"loaded {len(good)} blocks after {loaded.duration_s * 1e3:.2f} ms")
-        return over
+        return set(over)

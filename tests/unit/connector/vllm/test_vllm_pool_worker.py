@@ -98,6 +98,7 @@ SAVE = PoolSave("r", 1, 4, [b"b", b"c"], [8, 9])
 def test_a_load_ends_the_wait_once_with_all_its_blocks(made):
     assert made.step(pool_loads=[LOAD]) == (set(), set())
     assert made.half.is_loading
+    made.device.complete()
     assert made.pool.loads[0][:2] == ([b"a", b"b", b"c"], [7, 8, 9])
     made.pool.loads[0][2].value = loaded(3)
     assert made.step() == (set(), {"r"})
@@ -111,12 +112,26 @@ def test_a_load_ends_the_wait_once_with_all_its_blocks(made):
 @pytest.mark.parametrize("num_blocks, failed", [(0, {7, 8, 9}), (2, {9})])
 def test_what_did_not_come_is_an_error_not_later_than_the_end_of_the_wait(made, num_blocks, failed):
     made.step(pool_loads=[LOAD])
+    made.device.complete()
     made.pool.loads[0][2].value = loaded(num_blocks, cause="peer_gone")
     assert made.step() == (set(), {"r"})
     assert made.half.take_failed_blocks() == failed
     assert made.half.take_failed_blocks() == set()
     assert made.good == ([[7, 8]] if num_blocks else []), "blocks that hold nothing are shown to nobody"
     assert made.data["pool_loads"] == {"peer_gone": 1}
+
+
+def test_a_load_begins_behind_the_forwards_before_its_step_and_not_behind_its_own(made):
+    plan = StepPlan(pool_loads=[LOAD])
+    made.half.begin_step(plan)
+    assert made.pool.loads == [], "an earlier forward may still write into these blocks"
+    assert made.half.is_loading and not made.half.is_idle()
+    assert made.half.finished(set()) == (set(), set())
+    own_forward = len(made.device.actions)
+    made.half.start_loads(plan)
+    assert len(made.device.actions) == own_forward, "what it waits for was marked before the step's own forward"
+    made.device.complete()
+    assert made.pool.loads[0][:2] == ([b"a", b"b", b"c"], [7, 8, 9])
 
 
 def test_nothing_is_saved_before_the_forward_has_completed(made):
