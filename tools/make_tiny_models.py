@@ -1,6 +1,6 @@
 """Save tiny random-weight checkpoints whose greedy output depends on every part of the KV cache.
 
-    python tools/make_tiny_models.py OUTDIR [NAME ...]      NAME: llama qwen3 mixtral qwen3moe (default: all)
+    python tools/make_tiny_models.py OUTDIR [NAME ...]      NAME: llama qwen3 mixtral qwen3moe gemma3 (default: all)
 
 Every process that loads one gets the same weights. `initializer_range` is 0.2: with the usual 0.02, or with
 vLLM's dummy weights, such a small model falls into a loop of two tokens and hides wrong KV. The tokenizer is
@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
     LlamaConfig,
     LlamaForCausalLM,
     MixtralConfig,
@@ -50,6 +52,16 @@ MODELS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
         Qwen3MoeConfig,
         Qwen3MoeForCausalLM,
         {"num_experts_per_tok": 2, "num_experts": 4, "moe_intermediate_size": 256, "decoder_sparse_step": 1},
+    ),
+    # Layers of two kinds: vLLM keeps a block table for each.
+    "gemma3": (
+        Gemma3TextConfig,
+        Gemma3ForCausalLM,
+        {
+            "sliding_window": 256,
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+            "query_pre_attn_scalar": 64,
+        },
     ),
 }
 

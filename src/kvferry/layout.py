@@ -22,7 +22,8 @@ PROTOCOL_VERSION = 1
 
 
 class Fingerprint(msgspec.Struct, frozen=True):
-    """What must be equal on both sides before the first byte moves. `num_kv_heads` is the total over all ranks."""
+    """What must be equal on both sides before the first byte moves. `num_kv_heads` is the total over all ranks;
+    `kv_groups` names the groups of layers that have block tables of their own, where there are several."""
 
     model: str
     dtype: str
@@ -32,6 +33,7 @@ class Fingerprint(msgspec.Struct, frozen=True):
     head_size: int
     revision: str = ""
     adapter: str = ""
+    kv_groups: str = ""
     hash_algorithm: str = "sha256-chain-v1"
     protocol_version: int = PROTOCOL_VERSION
 

@@ -81,11 +81,13 @@ _log = logging.getLogger("kvferry.handoff")
 
 
 class Released(NamedTuple):
-    """The source's blocks of `handoff` may be reused, and why. `cause` says more where there is more to say."""
+    """The source's blocks of `handoff` may be reused, and why. `cause` says more where there is more to say; `at_s` is
+    the clock's time."""
 
     handoff: HandoffId
     reason: ReleaseReason
     cause: str | None = None
+    at_s: float = 0.0
 
 
 class HandoffNode:
@@ -338,7 +340,7 @@ class HandoffNode:
                     self._loop.call(self._channels.send, peer, encode(message))
                 case ReleaseBlocks(handoff, _, reason, cause):
                     if reason is not ReleaseReason.PREEMPTED:
-                        self._released.append(Released(handoff, reason, cause))
+                        self._released.append(Released(handoff, reason, cause, self._clock.now_s()))
                         self._wake()
                 case Connect():
                     self._loop.call(self._loop.spawn, self._connect(action))
@@ -362,7 +364,7 @@ class HandoffNode:
         if reason == "duplicate":
             return
         if side == "source":
-            self._released.append(Released(handoff, ReleaseReason.FAILED, reason))
+            self._released.append(Released(handoff, ReleaseReason.FAILED, reason, self._clock.now_s()))
         else:
             self._targets.pop(handoff, None)
             outcome = Outcome(handoff, TerminalState.RECOMPUTED, Stage.RESERVING, f"refused_{reason}")

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from vllm.distributed.kv_transfer.kv_connector.v1 import base as vllm_base
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1, KVConnectorRole
 from vllm.version import __version__ as vllm_version
 
@@ -26,7 +27,9 @@ from kvferry.connector.vllm.model import (
     model_name,
     prompt_identity,
     require_usable,
+    windows_of,
 )
+from kvferry.connector.vllm.pace import Pace
 from kvferry.connector.vllm.pool import attach_lookup, attach_memory, pool_fingerprint, require_pool_usable
 from kvferry.connector.vllm.pool_scheduler import PoolSchedulerHalf
 from kvferry.connector.vllm.pool_worker import PoolWorkerHalf
@@ -56,19 +59,29 @@ SWITCH_INTERVAL_S = 0.0005
 _log = logging.getLogger("kvferry.vllm")
 
 
-class KVFerryConnector(KVConnectorBase_V1):  # type: ignore[misc]
+TRANSFER_RESULTS: Any = getattr(vllm_base, "KVConnectorTransferResults", None)
+FAILS_REQUESTS = TRANSFER_RESULTS is not None
+"""Whether this vLLM recomputes a request whose load failed by its id. Without that it needs the failed blocks' ids,
+which are unique within one KV cache group only."""
+
+_BASES: Any = (KVConnectorBase_V1, vllm_base.SupportsHMA) if FAILS_REQUESTS else (KVConnectorBase_V1,)
+
+
+class KVFerryConnector(*_BASES):  # type: ignore[misc]
     """Hands the KV cache of a prompt from the vLLM instance that computed it to the one that decodes.
 
-    It is not `SupportsHMA`: vLLM then gives all layers one block table, which is what can be recomputed after a
-    failed load in every supported version.
+    It is `SupportsHMA` only where several block tables can be recomputed after a failed load: elsewhere vLLM then gives
+    all layers one.
     """
 
     def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any) -> None:
         super().__init__(vllm_config, role, kv_cache_config)
         log_as_vllm_does()
-        require_usable(vllm_config, kv_cache_config)
         config = vllm_config.kv_transfer_config
         self._settings = settings_from_extra_config(config.kv_connector_extra_config)
+        has_pool = self._settings.pool is not None
+        require_usable(vllm_config, kv_cache_config, fails_requests=FAILS_REQUESTS, has_pool=has_pool)
+        self._windows = windows_of(kv_cache_config)
         self._fingerprint = fingerprint_of(vllm_config, kv_cache_config, self._settings)
         self._stats = KVFerryStats()
         self._scheduler: SchedulerHalf | None = None
@@ -111,12 +124,20 @@ class KVFerryConnector(KVConnectorBase_V1):  # type: ignore[misc]
 
         self._trace = Trace(self._settings.trace, f"worker-{rank}")
         self._after_forward = AfterForward(event_recorder(device) if device.type == "cuda" else None)
+        wanted = self._settings.layers_a_publish
+        fixed = None if wanted == "auto" else wanted
+        assert self._node.layout is not None
+        pace = Pace(len(self._layer_numbers), self._node.layout.block_bytes, fixed=fixed)
         self._worker = WorkerHalf(
             self._node,
             rank=rank,
             num_ranks=size,
             num_layers=len(self._layer_numbers),
             after_forward=self._after_forward,
+            pace=pace,
+            on_paced=lambda pieces: stats.count_label(self._stats.data, stats.PUBLICATIONS, str(pieces)),
+            num_groups=len(self._windows),
+            fail_requests=self._windows != (None,),
             news=news,
             on_loaded=on_loaded,
             on_released=lambda reason: stats.count_release(self._stats.data, reason),
@@ -171,11 +192,8 @@ class KVFerryConnector(KVConnectorBase_V1):  # type: ignore[misc]
         """Nothing to wait for: a request runs only after its whole load."""
 
     def save_kv_layer(self, layer_name: str, kv_layer: torch.Tensor, attn_metadata: Any, **kwargs: Any) -> None:
-        a_publish = self._settings.layers_a_publish
-        if a_publish and self._worker is not None and self._after_forward.is_asynchronous:
-            number = self._layer_numbers.get(layer_name, 0)
-            if number and number % a_publish == 0:
-                self._worker.publish_layers(self._plan(), number)
+        if self._worker is not None and (number := self._layer_numbers.get(layer_name)):
+            self._worker.layer_done(self._plan(), number)
 
     def wait_for_save(self) -> None:
         if self._worker is not None and self.has_connector_metadata():
@@ -198,6 +216,11 @@ class KVFerryConnector(KVConnectorBase_V1):  # type: ignore[misc]
         free = {r for r in self._released if not worker.holds(r) and not pool.holds(r)}
         self._released -= free
         return free, loaded | from_pool
+
+    def get_transfer_results(self, finished_req_ids: set[str]) -> Any:
+        sent, loaded = self.get_finished(finished_req_ids)
+        failed = self._worker.take_failed_requests() if self._worker is not None else set()
+        return TRANSFER_RESULTS(sent or set(), loaded or set(), failed)
 
     def get_block_ids_with_load_errors(self) -> set[int]:
         failed = self._worker.take_failed_blocks() if self._worker is not None else set()
@@ -236,6 +259,7 @@ class KVFerryConnector(KVConnectorBase_V1):  # type: ignore[misc]
             on_outcome=self._on_outcome,
             max_loading_blocks=int(self._kv_cache_config.num_blocks * self._settings.max_loading_share),
             namespace=self._settings.namespace,
+            windows=self._windows,
         )
 
     @property
@@ -255,6 +279,7 @@ class KVFerryConnector(KVConnectorBase_V1):  # type: ignore[misc]
             self._pool_scheduler = PoolSchedulerHalf(
                 block_size=self._fingerprint.block_size,
                 look_up=self._pool.lookup,
+                prefetch=self._pool.prefetch,
                 wait_s=self._settings.pool_wait_s,
                 count=lambda result: stats.count_label(self._stats.data, stats.POOL_LOOKUPS, result),
             )
@@ -262,9 +287,15 @@ class KVFerryConnector(KVConnectorBase_V1):  # type: ignore[misc]
     def on_new_request(self, request: Any) -> None:
         self._registration.state.running += 1
         self._trace(request.request_id, "new")
+        num_targets = self._book.num_targets
         self._book.on_new_request(request, identity=prompt_identity(request))
         if self._pool_scheduler is not None:
-            self._pool_scheduler.on_new_request(request.request_id, request.block_hashes, request.num_tokens)
+            self._pool_scheduler.on_new_request(
+                request.request_id,
+                request.block_hashes,
+                request.num_tokens,
+                is_brought=self._book.num_targets > num_targets,
+            )
 
     def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int | None, bool]:
         request_id, pool = request.request_id, self._pool_scheduler
@@ -278,11 +309,11 @@ class KVFerryConnector(KVConnectorBase_V1):  # type: ignore[misc]
         return num_tokens, bool(num_tokens)
 
     def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
-        request_id, block_ids = request.request_id, blocks.get_block_ids()[0]
+        request_id, (block_ids, *others) = request.request_id, blocks.get_block_ids()
         if num_external_tokens and request_id in self._found_in_pool and self._pool_scheduler is not None:
             self._pool_scheduler.allocated(request_id, block_ids, num_external_tokens)
             num_external_tokens = 0
-        self._book.allocated(request_id, block_ids, num_external_tokens)
+        self._book.allocated(request_id, block_ids, num_external_tokens, other_groups=others)
 
     def build_connector_meta(self, scheduler_output: Any) -> KVFerryMetadata:
         self._registration.state.step += 1
@@ -312,6 +343,11 @@ class KVFerryConnector(KVConnectorBase_V1):  # type: ignore[misc]
             held |= self._pool_scheduler.finished(request.request_id, has_blocks=bool(block_ids))
         return held, None
 
+    def request_finished_all_groups(
+        self, request: Any, block_ids: tuple[list[int], ...]
+    ) -> tuple[bool, dict[str, Any] | None]:
+        return self.request_finished(request, [block_id for table in block_ids for block_id in table])
+
     def _on_outcome(self, outcome: Outcome, recomputed_tokens: int) -> None:
         stats.count_outcome(self._stats.data, outcome, recomputed_tokens)
         self._registration.report_outcome(outcome)
@@ -337,7 +373,8 @@ class KVFerryConnector(KVConnectorBase_V1):  # type: ignore[misc]
     @classmethod
     def requires_piecewise_for_cudagraph(cls, extra_config: dict[str, Any]) -> bool:
         """A full CUDA graph replays attention without `save_kv_layer`, which publishing by layers needs."""
-        return settings_from_extra_config(extra_config).layers_a_publish > 0
+        wanted = settings_from_extra_config(extra_config).layers_a_publish
+        return wanted != "auto" and wanted > 0
 
     def shutdown(self) -> None:
         if self._worker is not None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import msgspec
 
@@ -16,7 +17,7 @@ from kvferry.types import HandoffId, HandoffTicket, Incarnation, InstanceRef, Ou
 
 @dataclass(frozen=True)
 class Offer:
-    """The source has a request whose blocks a target will want. `num_blocks` covers the whole prompt."""
+    """The source has a request whose blocks a target will want. `num_blocks` covers the whole prompt, in each group."""
 
     request_id: str
     ticket: HandoffTicket
@@ -26,17 +27,27 @@ class Offer:
 
 @dataclass(frozen=True)
 class Publish:
-    """After this step's forward, prompt blocks [first_block, first_block + len(block_ids)) are complete."""
+    """After this step's forward, prompt blocks [first_block, first_block + len(block_ids)) of one KV cache group are
+    complete."""
 
     request_id: str
     first_block: int
     block_ids: list[int]
     is_last: bool
+    group: int = 0
+
+
+class GroupBlocks(NamedTuple):
+    """Own blocks for the prompt's blocks `first_block` onwards, in one KV cache group."""
+
+    first_block: int
+    block_ids: list[int]
 
 
 @dataclass(frozen=True)
 class Pull:
-    """The target reserved `block_ids` for prompt blocks from `first_block` on.
+    """The target reserved `block_ids` for prompt blocks from `first_block` on, and so in `other_groups` where the model
+    has several KV cache groups.
 
     Without block ids it has everything already: the source may release at once, and no request waits for this.
     """
@@ -46,6 +57,12 @@ class Pull:
     digest: bytes
     first_block: int
     block_ids: list[int]
+    other_groups: list[GroupBlocks] = field(default_factory=list)
+
+    @property
+    def groups(self) -> list[GroupBlocks]:
+        """What to pull, group by group."""
+        return [GroupBlocks(self.first_block, self.block_ids), *self.other_groups]
 
 
 @dataclass(frozen=True)
@@ -81,9 +98,11 @@ class PoolSave:
 class StepPlan:
     """What the worker half does in one step: first the revokes and the drops, then the offers, the cancels, the pulls
     and loads; the publishes and saves once the step's forward has completed on the device. `is_empty_step`: vLLM
-    computes nothing in it. `pool_drops`: requests whose saves must stop, because their blocks were taken from them."""
+    computes nothing in it, otherwise `num_tokens`. `pool_drops`: requests whose saves must stop, because their blocks
+    were taken from them."""
 
     is_empty_step: bool = False
+    num_tokens: int = 0
     revokes: list[str] = field(default_factory=list)
     offers: list[Offer] = field(default_factory=list)
     cancels: list[Cancel] = field(default_factory=list)
@@ -101,6 +120,15 @@ class RankReport:
     request_id: str
     rank: int
     outcome: Outcome
+
+
+def group_handoff(ticket: HandoffTicket, group: int) -> HandoffTicket:
+    """The ticket of the handoff of this KV cache group: each has one of its own, as its blocks are others. The first
+    has the request's."""
+    if not group:
+        return ticket
+    name = f"{ticket.handoff}/group {group}"
+    return msgspec.structs.replace(ticket, handoff=HandoffId(hashlib.sha256(name.encode()).hexdigest()[:32]))
 
 
 def rank_handoff(ticket: HandoffTicket, source_rank: int, target_rank: int) -> HandoffTicket:

@@ -42,6 +42,9 @@ class KVFerryPromMetrics(KVConnectorPromMetrics):  # type: ignore[misc]
             "handoffs", "Handoffs that ended on this target, by how.", ("state", "stage", "cause")
         )
         self._releases = self._counter("releases", "Source handoffs whose blocks were released, by why.", ("reason",))
+        self._publications = self._counter(
+            "publications", "Steps of this rank whose blocks were published, by into how many pieces.", ("pieces",)
+        )
         self._bytes = self._counter("pulled_bytes", "KV bytes pulled into this instance.", ("transport",))
         self._blocks = self._counter("pulled_blocks", "KV blocks of this rank that came over handoffs.", ())
         self._recomputed = self._counter(
@@ -75,6 +78,8 @@ class KVFerryPromMetrics(KVConnectorPromMetrics):  # type: ignore[misc]
             self._labelled(self._handoffs, engine_idx, *label.split("/")).inc(count)
         for reason, count in data[stats.RELEASES].items():
             self._labelled(self._releases, engine_idx, reason).inc(count)
+        for pieces, count in data[stats.PUBLICATIONS].items():
+            self._labelled(self._publications, engine_idx, pieces).inc(count)
         for transport, count in data[stats.BYTES].items():
             self._labelled(self._bytes, engine_idx, transport).inc(count)
         self._labelled(self._blocks, engine_idx).inc(data[stats.PULLED_BLOCKS])

@@ -16,9 +16,12 @@ from kvferry.types import Incarnation, Role
 ROLES: dict[str, Role] = {"kv_producer": "prefill", "kv_consumer": "decode", "kv_both": "both"}
 
 
-def require_usable(vllm_config: Any, kv_cache_config: Any) -> None:
+def require_usable(vllm_config: Any, kv_cache_config: Any, *, fails_requests: bool, has_pool: bool) -> None:
     """Refuse what this connector cannot carry.
 
+    Args:
+        fails_requests: this vLLM can be told that a request's load failed, not only which blocks' did.
+        has_pool: the instance takes part in a pool.
     Raises: CompatibilityError: says what was found and what to change.
     """
     if vllm_config.speculative_config is not None:
@@ -42,20 +45,43 @@ def require_usable(vllm_config: Any, kv_cache_config: Any) -> None:
             f"{parallel.data_parallel_size} data-parallel engines share one server, so that no request can be sent to "
             "the one that holds its KV: start a server for each, with --data-parallel-external-lb"
         )
-    groups = kv_cache_config.kv_cache_groups
-    if len(groups) != 1:
-        kinds = sorted({type(g.kv_cache_spec).__name__ for g in groups})
+    _require_groups(kv_cache_config.kv_cache_groups, fails_requests=fails_requests, has_pool=has_pool)
+
+
+WINDOWED = "SlidingWindowSpec"
+WHOLE = ("FullAttentionSpec", "MLAAttentionSpec")
+ONE_TABLE = "start vLLM with --disable-hybrid-kv-cache-manager, which models that merely mix window sizes allow"
+
+
+def _require_groups(groups: Any, *, fails_requests: bool, has_pool: bool) -> None:
+    kinds = [type(group.kv_cache_spec).__name__ for group in groups]
+    unknown = sorted(set(kinds) - {WINDOWED, *WHOLE})
+    if unknown:
         raise CompatibilityError(
-            f"this model has {len(groups)} KV cache groups ({', '.join(kinds)}); block ids are unique within a group "
-            "only, and a failed load could not be recomputed: start vLLM with --disable-hybrid-kv-cache-manager, or do "
-            "not use this model with handoffs"
+            f"this model's KV cache is of kind {', '.join(unknown)}: only full attention, MLA and sliding windows are "
+            f"blocks of tokens that can be handed over; {ONE_TABLE}, or do not use this model with kvferry"
         )
-    spec = groups[0].kv_cache_spec
-    if type(spec).__name__ not in ("FullAttentionSpec", "MLAAttentionSpec"):
+    if len(groups) == 1 and kinds[0] in WHOLE:
+        return
+    what = f"this model has {len(groups)} KV cache group(s) ({', '.join(kinds)})"
+    if not fails_requests:
         raise CompatibilityError(
-            f"this model's KV cache is of kind {type(spec).__name__}, whose blocks vLLM frees while the prompt is "
-            "computed: only full attention and MLA can be handed over; try --disable-hybrid-kv-cache-manager"
+            f"{what}; block ids are unique within a group only, and this version of vLLM could not recompute a failed "
+            f"load: {ONE_TABLE}, or use vLLM 0.32"
         )
+    if has_pool:
+        raise CompatibilityError(
+            f"{what}, of which the pool keeps none: {ONE_TABLE}, or leave out `pool` in kv_connector_extra_config"
+        )
+    sizes = sorted({group.kv_cache_spec.block_size for group in groups})
+    if len(sizes) != 1:
+        raise CompatibilityError(f"{what} with blocks of {sizes} tokens; they must be alike: {ONE_TABLE}")
+
+
+def windows_of(kv_cache_config: Any) -> tuple[int | None, ...]:
+    """For each KV cache group the tokens of its sliding window; None where vLLM keeps all blocks."""
+    specs = [group.kv_cache_spec for group in kv_cache_config.kv_cache_groups]
+    return tuple(int(spec.sliding_window) if type(spec).__name__ == WINDOWED else None for spec in specs)
 
 
 def model_name(vllm_config: Any, settings: ConnectorSettings) -> str:
@@ -68,8 +94,8 @@ def model_name(vllm_config: Any, settings: ConnectorSettings) -> str:
 
 def fingerprint_of(vllm_config: Any, kv_cache_config: Any, settings: ConnectorSettings) -> Fingerprint:
     """What both sides must agree on. Equal in both halves and on all ranks."""
-    group = kv_cache_config.kv_cache_groups[0]
-    spec = group.kv_cache_spec
+    groups, windows = kv_cache_config.kv_cache_groups, windows_of(kv_cache_config)
+    spec = groups[0].kv_cache_spec
     is_latent = type(spec).__name__ == "MLAAttentionSpec"
     model = vllm_config.model_config
     cache_dtype = vllm_config.cache_config.cache_dtype
@@ -78,10 +104,11 @@ def fingerprint_of(vllm_config: Any, kv_cache_config: Any, settings: ConnectorSe
         model=model_name(vllm_config, settings),
         dtype=dtype if cache_dtype == "auto" else f"{dtype}/{cache_dtype}",
         block_size=spec.block_size,
-        num_layers=len(group.layer_names),
+        num_layers=sum(len(group.layer_names) for group in groups),
         num_kv_heads=1 if is_latent else model.get_total_num_kv_heads(),
         head_size=spec.head_size,
         revision=model.revision or "",
+        kv_groups="" if windows == (None,) else ", ".join("all" if w is None else f"window {w}" for w in windows),
     )
 
 

@@ -20,10 +20,22 @@ from typing import Any, Literal, NamedTuple, Protocol
 import msgspec
 
 from kvferry.clock import Clock, RealClock
-from kvferry.connector.vllm.metadata import Cancel, Offer, Publish, Pull, RankReport, StepPlan, with_remaining
+from kvferry.connector.vllm.metadata import (
+    Cancel,
+    GroupBlocks,
+    Offer,
+    Publish,
+    Pull,
+    RankReport,
+    StepPlan,
+    with_remaining,
+)
 from kvferry.hashing import hash_list_digest, root_hash
 from kvferry.layout import Fingerprint
 from kvferry.types import HandoffTicket, Outcome, Stage, TerminalState, ticket_from_params
+
+NULL_BLOCK = 0
+"""What stands in a table where vLLM has freed a block, or never had one."""
 
 _log = logging.getLogger("kvferry.vllm")
 
@@ -43,7 +55,8 @@ class RequestLike(Protocol):
 class Scheduled(NamedTuple):
     """One request of a step: it computes tokens [num_computed, num_computed + num_scheduled).
 
-    `block_ids` are its whole table if `replaces`, otherwise the blocks that were added to it.
+    `block_ids` are its whole table if `replaces`, otherwise the blocks that were added to it; `other_groups` are those
+    of the other KV cache groups.
     """
 
     request_id: str
@@ -51,6 +64,7 @@ class Scheduled(NamedTuple):
     replaces: bool
     num_computed: int
     num_scheduled: int
+    other_groups: tuple[list[int], ...] = ()
 
 
 @dataclass
@@ -60,8 +74,13 @@ class SourceRequest:
     ticket: HandoffTicket
     num_tokens: int
     num_blocks: int
-    block_ids: list[int] = field(default_factory=list)
-    num_published: int = 0
+    tables: list[list[int]]
+    num_published: list[int]
+    is_lost: bool = False  # a window has left blocks behind that were published: it was cancelled
+
+    def is_whole(self) -> bool:
+        """Whether each group has published all that it will."""
+        return all(num == self.num_blocks for num in self.num_published)
 
 
 @dataclass
@@ -90,6 +109,8 @@ class SchedulerHalf:
             computes in spite of the handoff).
         max_loading_blocks: blocks that may wait for handoffs at a time; a request beyond that waits in vLLM's queue
             without blocks, so that requests which can run now find some. One load is always admitted.
+        windows: for each KV cache group the tokens of its sliding window, or None. A token attends to so many, itself
+            included; vLLM frees what none will attend to any more without telling, and does not ask for it.
     """
 
     def __init__(
@@ -101,6 +122,7 @@ class SchedulerHalf:
         on_outcome: Callable[[Outcome, int], None],
         max_loading_blocks: int | None = None,
         namespace: str = "default",
+        windows: Sequence[int | None] = (None,),
         clock: Clock | None = None,
     ) -> None:
         self._block_size = fingerprint.block_size
@@ -110,6 +132,7 @@ class SchedulerHalf:
         self._recompute = recompute
         self._on_outcome = on_outcome
         self._max_loading_blocks = max_loading_blocks
+        self._windows = tuple(windows)
         self._clock = clock or RealClock()
         self._sources: dict[str, SourceRequest] = {}
         self._targets: dict[str, TargetRequest] = {}
@@ -151,7 +174,13 @@ class SchedulerHalf:
         root = root_hash(self._fingerprint_digest, f"{self._namespace}\0{identity}")
         digest = hash_list_digest(tokens, self._block_size, root)
         if ticket.side == "source":
-            source = SourceRequest(ticket, len(tokens), self._blocks_for(len(tokens)))
+            source = SourceRequest(
+                ticket,
+                len(tokens),
+                self._blocks_for(len(tokens)),
+                tables=[[] for _ in self._windows],
+                num_published=[0] * len(self._windows),
+            )
             self._sources[request.request_id] = source
             self._plan.offers.append(Offer(request.request_id, ticket, digest, source.num_blocks))
         else:
@@ -171,18 +200,21 @@ class SchedulerHalf:
         num_missing = target.num_tokens - 1 - num_computed
         if num_missing <= 0 or self._clock.now_s() >= target.deadline_s:
             return 0
-        loading = sum(self._blocks_for(t.num_tokens) for t in self._targets.values() if t.stage == "loading")
-        wanted = self._blocks_for(target.num_tokens)
+        loading = sum(self._room_for(t.num_tokens) for t in self._targets.values() if t.stage == "loading")
+        wanted = self._room_for(target.num_tokens)
         if self._max_loading_blocks is not None and loading and loading + wanted > self._max_loading_blocks:
             return None
         return num_missing
 
-    def allocated(self, request_id: str, block_ids: list[int], num_external: int) -> None:
+    def allocated(
+        self, request_id: str, block_ids: list[int], num_external: int, *, other_groups: Sequence[list[int]] = ()
+    ) -> None:
         """Blocks were reserved.
 
         Args:
             block_ids: the request's whole table, local prefix hits included.
             num_external: tokens to load, as `num_new_matched_tokens` said, or 0.
+            other_groups: the tables of the other KV cache groups.
         """
         target = self._targets.get(request_id)
         if target is None or target.stage != "queued":
@@ -190,15 +222,18 @@ class SchedulerHalf:
         num_wanted = target.num_tokens - 1
         if num_external > 0:
             target.num_local_tokens = num_wanted - num_external
-            first = target.num_local_tokens // self._block_size
-            wanted = block_ids[first : self._blocks_for(num_wanted)]
+            first_lacking = target.num_local_tokens // self._block_size
+            wanted = []
+            for window, table in zip(self._windows, (block_ids, *other_groups), strict=True):
+                first = max(first_lacking, self._first_block(window, num_wanted))
+                wanted.append(GroupBlocks(first, table[first : self._blocks_for(num_wanted)]))
             target.stage = "loading"
-            self._plan.pulls.append(self._pull(request_id, target, first, wanted))
+            self._plan.pulls.append(self._pull(request_id, target, wanted))
             return
         target.stage = "over"
         late = self._clock.now_s() >= target.deadline_s
         if not late:
-            self._plan.pulls.append(self._pull(request_id, target, 0, []))
+            self._plan.pulls.append(self._pull(request_id, target))
         if num_wanted - target.num_local_tokens < self._block_size:
             # What the handoff could bring is here, or in a block that vLLM completes itself: the source may release.
             self._conclude(request_id, target, TerminalState.DELIVERED)
@@ -216,7 +251,7 @@ class SchedulerHalf:
             self._revoke(request_id, plan)
         for item in scheduled:
             self._publish(item, plan)
-        return replace(plan, is_empty_step=not scheduled)
+        return replace(plan, is_empty_step=not scheduled, num_tokens=sum(item.num_scheduled for item in scheduled))
 
     def finished(self, request_id: str, ending: Ending, *, has_blocks: bool = True) -> bool:
         """The request is over. True: the source's blocks stay until the worker half reports them as sent.
@@ -227,7 +262,7 @@ class SchedulerHalf:
         source = self._sources.pop(request_id, None)
         if source is not None:
             self._handoffs.discard(source.ticket.handoff)
-            whole = source.num_published == source.num_blocks and has_blocks
+            whole = source.is_whole() and has_blocks
             if ending != "answered" or not whole:
                 reason = "blocks freed before they were complete" if ending == "answered" else f"request {ending}"
                 self._plan.cancels.append(Cancel(request_id, reason))
@@ -242,7 +277,7 @@ class SchedulerHalf:
             self._plan.cancels.append(Cancel(request_id, f"request {ending}"))
             return False
         if target.stage == "queued":
-            self._plan.pulls.append(self._pull(request_id, target, 0, []))
+            self._plan.pulls.append(self._pull(request_id, target))
             state = TerminalState.ABORTED if target.aborted else TerminalState.FAILED
             self._conclude(request_id, target, state, Stage.QUEUE, "handoff_aborted")
         self._forget(request_id)
@@ -273,41 +308,71 @@ class SchedulerHalf:
     def _blocks_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self._block_size)
 
-    def _pull(self, request_id: str, target: TargetRequest, first: int, block_ids: list[int]) -> Pull:
+    def _room_for(self, num_tokens: int) -> int:
+        """Blocks of all groups that such a prompt fills."""
+        return sum(self._blocks_for(num_tokens) - self._first_block(w, num_tokens) for w in self._windows)
+
+    def _first_block(self, window: int | None, num_tokens: int) -> int:
+        """The first block that the token after `num_tokens` attends to."""
+        return 0 if window is None else max(0, num_tokens - window + 1) // self._block_size
+
+    def _pull(self, request_id: str, target: TargetRequest, wanted: Sequence[GroupBlocks] = ()) -> Pull:
+        """Without anything wanted the source is told to let go."""
+        first, *others = wanted or [GroupBlocks(0, [])] * len(self._windows)
         left = with_remaining(target.ticket, target.deadline_s - self._clock.now_s())
-        return Pull(request_id, left, target.digest, first, block_ids)
+        return Pull(request_id, left, target.digest, *first, others)
 
     def _revoke(self, request_id: str, plan: StepPlan) -> None:
         source = self._sources.get(request_id)
         if source is None:
             return
-        if source.num_published:
+        if any(source.num_published):
             plan.revokes.append(request_id)
-        source.num_published = 0
-        source.block_ids = []
+        source.num_published = [0] * len(self._windows)
+        source.tables = [[] for _ in self._windows]
 
     def _publish(self, item: Scheduled, plan: StepPlan) -> None:
         source = self._sources.get(item.request_id)
         if source is None:
             return
+        added = (item.block_ids, *item.other_groups)
         if item.replaces:
             self._revoke(item.request_id, plan)
-            source.block_ids = list(item.block_ids)
+            source.tables = [list(block_ids) for block_ids in added]
         else:
-            source.block_ids += item.block_ids
+            for table, block_ids in zip(source.tables, added, strict=False):
+                table += block_ids
+        if not source.is_lost and self._left_behind(source, item.num_computed):
+            source.is_lost = True
+            plan.cancels.append(Cancel(item.request_id, "it decodes here, and a window has left its blocks behind"))
+        for group in range(len(self._windows)):
+            self._publish_group(item, source, group, plan)
+
+    def _publish_group(self, item: Scheduled, source: SourceRequest, group: int, plan: StepPlan) -> None:
+        window, table = self._windows[group], source.tables[group]
         done = item.num_computed + item.num_scheduled
         whole = done >= source.num_tokens
-        num_complete = source.num_blocks if whole else done // self._block_size
-        first = source.num_published
-        if num_complete <= first:
+        if window is None:
+            first, stop = source.num_published[group], source.num_blocks if whole else done // self._block_size
+        else:
+            # vLLM frees what leaves the window without notice: nothing of it is published before the prompt is whole.
+            first, stop = self._first_block(window, source.num_tokens - 1), source.num_blocks if whole else 0
+        if stop <= source.num_published[group]:
             return
-        block_ids = source.block_ids[first:num_complete]
-        if len(block_ids) < num_complete - first:
+        block_ids = table[first:stop]
+        if len(block_ids) < stop - first or (window is not None and NULL_BLOCK in block_ids):
             # vLLM computed what it has no block for: never publish a guess, let the lease end this handoff.
-            _log.error("request %s: %d blocks complete, %d known", item.request_id, num_complete, len(source.block_ids))
+            _log.error("request %s: %d blocks complete, known are %s", item.request_id, stop, table)
             return
-        plan.publishes.append(Publish(item.request_id, first, block_ids, whole))
-        source.num_published = num_complete
+        plan.publishes.append(Publish(item.request_id, first, block_ids, whole, group))
+        source.num_published[group] = stop
+
+    def _left_behind(self, source: SourceRequest, num_computed: int) -> bool:
+        """Whether vLLM, after so many tokens, has freed blocks that were published."""
+        firsts = [
+            (self._first_block(w, source.num_tokens - 1), self._first_block(w, num_computed)) for w in self._windows
+        ]
+        return any(num and now > then for num, (then, now) in zip(source.num_published, firsts, strict=True))
 
     def _combine(self, request_id: str, target: TargetRequest) -> None:
         outcomes = list(target.reports.values())

@@ -57,17 +57,23 @@ def scheduled_requests(scheduler_output: Any) -> list[Scheduled]:
     """
     num_scheduled = scheduler_output.num_scheduled_tokens
     found = [
-        Scheduled(new.req_id, new.block_ids[0], True, new.num_computed_tokens, num_scheduled.get(new.req_id, 0))
+        _scheduled(new.req_id, new.block_ids, True, new.num_computed_tokens, num_scheduled)
         for new in scheduler_output.scheduled_new_reqs
     ]
     cached = scheduler_output.scheduled_cached_reqs
     for request_id, added, num_computed in zip(
         cached.req_ids, cached.new_block_ids, cached.num_computed_tokens, strict=True
     ):
-        block_ids = added[0] if added is not None else []
         replaces = request_id in cached.resumed_req_ids
-        found.append(Scheduled(request_id, block_ids, replaces, num_computed, num_scheduled.get(request_id, 0)))
+        found.append(_scheduled(request_id, added or ([],), replaces, num_computed, num_scheduled))
     return found
+
+
+def _scheduled(
+    request_id: str, groups: tuple[list[int], ...], replaces: bool, num_computed: int, num_scheduled: dict[str, int]
+) -> Scheduled:
+    first, *others = groups
+    return Scheduled(request_id, first, replaces, num_computed, num_scheduled.get(request_id, 0), tuple(others))
 
 
 def event_recorder(device: torch.device) -> Callable[[], Any]:

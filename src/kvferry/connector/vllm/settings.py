@@ -6,7 +6,7 @@ import difflib
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import msgspec
 
@@ -23,9 +23,10 @@ class ConnectorSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknow
     peers connect to where it is not the bound address. `router` is the URL of
     the router to join and `url` this vLLM server's own; without a router nothing is registered. `max_loading_share` is
     the part of all blocks that may wait for handoffs at a time, so that early requests leave room. `layers_a_publish`
-    splits a chunk's publication into groups of layers (0: the whole chunk at once; CUDA only). `on_loaded` names a
-    function `package.module:function` that is called with the KV tensors and the block ids of each delivered handoff
-    before vLLM may use them: for tests. `trace` names a file that gets a line for each moment of each handoff.
+    splits a chunk's publication into groups of layers: 0 is the whole chunk at once, `auto` chooses by what was seen.
+    `on_loaded` names a function `package.module:function` that is called with the KV tensors and the block ids of each
+    delivered handoff before vLLM may use them: for tests. `trace` names a file that gets a line for each moment of
+    each handoff.
     `pool` is the address of this host's pool node, `pool_directory` tells what others hold; a request waits
     `pool_wait_s` for the pool's answer. Blocks in GPU memory come and go through `pool_staging_bytes` of pinned memory,
     for each rank.
@@ -44,7 +45,7 @@ class ConnectorSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknow
     heartbeat_s: float = 1.0
     digest: DigestKind = "xxh3"
     max_loading_share: Annotated[float, msgspec.Meta(gt=0, le=1)] = 0.8
-    layers_a_publish: Annotated[int, msgspec.Meta(ge=0)] = 0
+    layers_a_publish: Annotated[int, msgspec.Meta(ge=0)] | Literal["auto"] = "auto"
     on_loaded: str | None = None
     trace: str | None = None
     pool: str | None = None

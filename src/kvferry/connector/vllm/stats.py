@@ -12,6 +12,7 @@ from kvferry.types import Outcome
 
 HANDOFFS = "handoffs"  # "state/stage/cause" -> count; the target's view, one for each handoff
 RELEASES = "releases"  # reason -> count; the source's view, one for each rank's handoff
+PUBLICATIONS = "publications"  # pieces -> steps whose blocks were published in so many, one rank's count
 BYTES = "bytes"  # transport -> bytes pulled into this instance
 DURATIONS = "durations_s"  # from the reservation to the last rank's verdict, delivered ones
 RECOMPUTED_TOKENS = "recomputed_tokens"  # prompt tokens computed here in spite of a handoff
@@ -26,7 +27,7 @@ POOL_SAVED_BYTES = "pool_saved_bytes"
 POOL_SAVE_FAILURES = "pool_save_failures"  # cause -> saves that were refused or broke off
 
 _POOL_BY_LABEL = (POOL_LOOKUPS, POOL_LOADS, POOL_LOADED_BLOCKS, POOL_SAVED_BLOCKS, POOL_SAVE_FAILURES)
-_BY_LABEL = (HANDOFFS, RELEASES, BYTES, *_POOL_BY_LABEL)
+_BY_LABEL = (HANDOFFS, RELEASES, PUBLICATIONS, BYTES, *_POOL_BY_LABEL)
 _LISTS = (DURATIONS, POOL_LOAD_SECONDS)
 _NUMBERS = (RECOMPUTED_TOKENS, PULLED_BLOCKS, POOL_LOADED_BYTES, POOL_SAVED_BYTES)
 
@@ -106,6 +107,8 @@ def summary(data: dict[str, Any]) -> dict[str, int | float | str]:
         figures["prompt tokens recomputed"] = data[RECOMPUTED_TOKENS]
     for reason, count in sorted(data[RELEASES].items()):
         figures[f"released ({reason})"] = count
+    for pieces, count in sorted(data[PUBLICATIONS].items()):
+        figures[f"published (in {pieces})"] = count
     return figures | _pool_summary(data)
 
 

@@ -2,18 +2,20 @@
 
 It lives in each worker process, next to this rank's KV memory. The order of vLLM's calls in one step, all on the
 model runner's thread: `begin_step` before the forward may overwrite anything; `start_pulls` before or after it;
-`publish_layers` in it; `publish` after its launch; `finished`, `take_failed_blocks`, `take_reports` at the end.
+`layer_done` in it; `publish` after its launch; `finished`, `take_failed_blocks`, `take_reports` at the end.
 """
 
 from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from kvferry.connector.vllm.metadata import Publish, Pull, RankReport, StepPlan, rank_handoff
+from kvferry.connector.vllm.metadata import Pull, RankReport, StepPlan, group_handoff, rank_handoff
+from kvferry.connector.vllm.pace import Pace
 from kvferry.connector.vllm.stream import AfterForward
 from kvferry.errors import CompatibilityError
 from kvferry.layout import overlapping_ranks
@@ -30,6 +32,9 @@ class ReleasedLike(Protocol):
 
     @property
     def reason(self) -> str: ...
+
+    @property
+    def at_s(self) -> float: ...
 
 
 class NodeLike(Protocol):
@@ -49,12 +54,17 @@ class NodeLike(Protocol):
 
 @dataclass
 class SourceSide:
-    """One offered request. `generation` counts revokes: a publication of an older one is dropped."""
+    """One offered request: the handoffs of each KV cache group. `generation` counts revokes: a publication of an older
+    one is dropped. `last` is what was published last, when, and of how many layers."""
 
-    handoffs: list[HandoffId]
+    groups: list[list[HandoffId]]
     open: set[HandoffId]
     generation: int = 0
-    reasons: list[str] = field(default_factory=list)
+    last: tuple[float, int, int] | None = None
+
+    @property
+    def handoffs(self) -> list[HandoffId]:
+        return [handoff for group in self.groups for handoff in group]
 
 
 @dataclass
@@ -73,6 +83,10 @@ class WorkerHalf:
         news: set, from any thread, when the node has outcomes or releases.
         on_loaded: called with the block ids of each delivered load before the request may run.
         on_released: told why each source handoff was released, for metrics.
+        pace: chooses how many layers to publish at a time.
+        on_paced: told how many pieces each step's publication is made in, for metrics.
+        num_groups: KV cache groups, each of which is handed over by itself.
+        fail_requests: a failed load is told by its request (`take_failed_requests`), not by its blocks.
     """
 
     def __init__(
@@ -83,6 +97,10 @@ class WorkerHalf:
         num_ranks: int,
         num_layers: int,
         after_forward: AfterForward,
+        pace: Pace | None = None,
+        on_paced: Callable[[int], None] | None = None,
+        num_groups: int = 1,
+        fail_requests: bool = False,
         news: threading.Event | None = None,
         on_loaded: Callable[[list[int]], None] | None = None,
         on_released: Callable[[str], None] | None = None,
@@ -92,6 +110,10 @@ class WorkerHalf:
         self._rank = rank
         self._num_ranks = num_ranks
         self._layers = range(num_layers)
+        self._pace = pace or Pace(num_layers, 0, fixed=0)
+        self._on_paced = on_paced
+        self._num_groups = num_groups
+        self._fail_requests = fail_requests
         self._after_forward = after_forward
         self._on_loaded = on_loaded
         self._on_released = on_released
@@ -102,9 +124,12 @@ class WorkerHalf:
         self._request_of: dict[HandoffId, str] = {}
         self._ended: set[str] = set()
         self._failed_blocks: set[int] = set()
+        self._failed_requests: set[str] = set()
         self._reports: list[RankReport] = []
         self._begun: StepPlan | None = None
         self._layers_published = 0
+        self._layers_a_publish = num_layers
+        self._launched_s = 0.0
         # Held while a publication checks its generation and acts on it, so that a revoke is never overtaken by one.
         self._publishing = threading.Lock()
 
@@ -119,13 +144,18 @@ class WorkerHalf:
             return
         self._begun = plan
         self._layers_published = 0
+        self._launched_s = time.monotonic()
+        if plan.publishes:
+            self._choose_pace(plan)
         for request_id in plan.revokes:
             self._revoke(request_id)
         for offer in plan.offers:
-            tickets = [rank_handoff(offer.ticket, self._rank, r) for r in self._target_ranks(offer.ticket)]
-            ids = [t.handoff for t in tickets]
-            self._sources[offer.request_id] = SourceSide(ids, set(ids))
-            for ticket in tickets:
+            ranks = [rank_handoff(offer.ticket, self._rank, r) for r in self._target_ranks(offer.ticket)]
+            groups = [[group_handoff(ticket, group) for ticket in ranks] for group in range(self._num_groups)]
+            offered = SourceSide([[t.handoff for t in tickets] for tickets in groups], set())
+            offered.open.update(offered.handoffs)
+            self._sources[offer.request_id] = offered
+            for ticket in (ticket for tickets in groups for ticket in tickets):
                 self._request_of[ticket.handoff] = offer.request_id
                 self._node.offer(ticket, offer.digest, offer.num_blocks)
             self._trace(offer.request_id, "offered")
@@ -143,19 +173,19 @@ class WorkerHalf:
         for pull in plan.pulls:
             self._start_pull(pull)
 
-    def publish_layers(self, plan: StepPlan, num_layers: int) -> None:
-        """The forward has enqueued the first `num_layers` layers: publish those that are not yet."""
-        layers = range(self._layers_published, num_layers)
-        if not plan.publishes or not layers:
-            return
-        self._layers_published = num_layers
-        self._publish(plan.publishes, layers)
+    def layer_done(self, plan: StepPlan, number: int) -> None:
+        """The forward has enqueued the first `number` layers: publish those that are not yet, if it is time."""
+        layers = range(self._layers_published, number)
+        # The last layers go with the seal, in `publish`.
+        if plan.publishes and len(layers) >= self._layers_a_publish and number < len(self._layers):
+            self._layers_published = number
+            self._publish(plan, layers)
 
     def publish(self, plan: StepPlan) -> None:
         """The whole forward is enqueued: publish the layers that are left, and seal what became whole."""
         self.begin_step(plan)
         if plan.publishes:
-            self._publish(plan.publishes, self._layers[self._layers_published :])
+            self._publish(plan, self._layers[self._layers_published :])
             self._layers_published = len(self._layers)
 
     def wait_for_news(self, seconds: float, *, also: bool = False) -> None:
@@ -175,7 +205,7 @@ class WorkerHalf:
         """
         self._ended.update(r for r in finished_request_ids if r in self._sources)
         for released in self._node.released():
-            self._note_released(released.handoff, released.reason)
+            self._note_released(released)
         for outcome in self._node.outcomes():
             self._note_outcome(outcome)
         sent = {r for r in self._ended if not self._sources[r].open}
@@ -188,6 +218,11 @@ class WorkerHalf:
     def take_failed_blocks(self) -> set[int]:
         """Blocks that a failed load left undefined. Never later than the `finished` that names their request."""
         failed, self._failed_blocks = self._failed_blocks, set()
+        return failed
+
+    def take_failed_requests(self) -> set[str]:
+        """Requests whose load failed; those that the last `finished` named."""
+        failed, self._failed_requests = self._failed_requests, set()
         return failed
 
     def take_reports(self) -> list[RankReport]:
@@ -222,19 +257,32 @@ class WorkerHalf:
             for handoff in source.handoffs:
                 self._node.revoke(handoff, "the request was preempted")
 
-    def _publish(self, publishes: list[Publish], layers: range) -> None:
+    def _choose_pace(self, plan: StepPlan) -> None:
+        num_blocks = sum(len(publish.block_ids) for publish in plan.publishes)
+        is_last = any(publish.is_last for publish in plan.publishes)
+        at_a_time = self._pace.layers_at_a_time(plan.num_tokens, num_blocks, is_last=is_last)
+        # Where groups of layers share memory, the layers of one are not the first of each.
+        self._layers_a_publish = at_a_time if self._num_groups == 1 else len(self._layers)
+        if self._on_paced is not None:
+            self._on_paced(-(-len(self._layers) // self._layers_a_publish))
+
+    def _publish(self, plan: StepPlan, layers: range) -> None:
         last_layers = layers.stop == len(self._layers)
-        work = [(p, s, s.generation) for p in publishes if (s := self._sources.get(p.request_id)) is not None]
+        launched_s = self._launched_s
+        work = [(p, s, s.generation) for p in plan.publishes if (s := self._sources.get(p.request_id)) is not None]
 
         def act() -> None:
+            if last_layers:
+                self._pace.computed(plan.num_tokens, time.monotonic() - launched_s)
             for publish, source, generation in work:
                 with self._publishing:
                     if source.generation != generation:
                         continue
-                    for handoff in source.handoffs:
+                    for handoff in source.groups[publish.group]:
                         self._node.publish(handoff, layers, publish.first_block, publish.block_ids)
                         if publish.is_last and last_layers:
                             self._node.seal(handoff)
+                            source.last = time.monotonic(), len(publish.block_ids), len(layers)
                 self._trace(publish.request_id, f"published to layer {layers.stop}, last {publish.is_last}")
 
         for publish, _, _ in work:
@@ -243,26 +291,32 @@ class WorkerHalf:
 
     def _start_pull(self, pull: Pull) -> None:
         size = len(pull.ticket.source.addresses) or self._num_ranks
+        wanted = [block_id for part in pull.groups for block_id in part.block_ids]
         try:
             ranks = overlapping_ranks(self._rank, self._num_ranks, size)
         except CompatibilityError as error:
             handoff = pull.ticket.handoff
             outcome = Outcome(handoff, TerminalState.FAILED, Stage.RESERVING, error.cause, str(error))
-            self._targets[pull.request_id] = TargetSide([handoff], pull.block_ids, {handoff: outcome})
+            self._targets[pull.request_id] = TargetSide([handoff], wanted, {handoff: outcome})
             return
-        tickets = [rank_handoff(pull.ticket, s, self._rank) for s in ranks]
-        self._targets[pull.request_id] = TargetSide([t.handoff for t in tickets], pull.block_ids)
-        for ticket in tickets:
-            self._request_of[ticket.handoff] = pull.request_id
-            self._node.drop_select(ticket, pull.digest, pull.first_block, pull.block_ids)
+        target = self._targets[pull.request_id] = TargetSide([], wanted)
+        for group, part in enumerate(pull.groups):
+            for ticket in (group_handoff(rank_handoff(pull.ticket, s, self._rank), group) for s in ranks):
+                target.handoffs.append(ticket.handoff)
+                self._request_of[ticket.handoff] = pull.request_id
+                self._node.drop_select(ticket, pull.digest, part.first_block, part.block_ids)
         self._trace(pull.request_id, "asked")
 
-    def _note_released(self, handoff: HandoffId, reason: str) -> None:
+    def _note_released(self, released: ReleasedLike) -> None:
+        handoff, reason = released.handoff, released.reason
         source = self._sources.get(self._request_of.get(handoff, ""))
         if source is None or handoff not in source.open:
             _log.warning("released handoff %s (%s) is not known here", handoff, reason)
             return
         source.open.discard(handoff)
+        if reason == "acked" and source.last is not None:
+            sealed_s, num_blocks, num_layers = source.last
+            self._pace.carried(num_blocks, num_layers, released.at_s - sealed_s)
         if self._on_released is not None:
             self._on_released(reason)
 
@@ -284,7 +338,10 @@ class WorkerHalf:
                 continue
             outcome = combine(list(target.outcomes.values()))
             if outcome.state is not TerminalState.DELIVERED:
-                self._failed_blocks.update(target.block_ids)
+                if self._fail_requests:
+                    self._failed_requests.add(request_id)
+                else:
+                    self._failed_blocks.update(target.block_ids)
             elif self._on_loaded is not None:
                 self._on_loaded(target.block_ids)
             self._reports.append(RankReport(request_id, self._rank, outcome))

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from kvferry.types import HandoffTicket, InstanceRef, Outcome, TerminalState, new_handoff_id
 
-Released = namedtuple("Released", "handoff reason")
+Released = namedtuple("Released", "handoff reason at_s")
 
 
 class FakeNode:
@@ -45,8 +45,8 @@ class FakeNode:
     def names(self):
         return [call[0] for call in self.calls]
 
-    def release(self, handoff, reason="acked"):
-        self._released.append(Released(handoff, reason))
+    def release(self, handoff, reason="acked", at_s=0.0):
+        self._released.append(Released(handoff, reason, at_s))
 
     def end(self, handoff, state=TerminalState.DELIVERED, **details):
         self._outcomes.append(Outcome(handoff, state, **details))

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 
 from kvferry.connector.vllm import stats
-from kvferry.connector.vllm.model import fingerprint_of, incarnation_of, prompt_identity, require_usable
+from kvferry.connector.vllm.model import fingerprint_of, incarnation_of, prompt_identity, require_usable, windows_of
 from kvferry.connector.vllm.settings import ConnectorSettings, settings_from_extra_config
 from kvferry.connector.vllm.trace import Trace
 from kvferry.connector.vllm.version import require_supported
@@ -68,6 +68,10 @@ class SlidingWindowSpec(SimpleNamespace):
     pass
 
 
+class MambaSpec(SimpleNamespace):
+    pass
+
+
 def vllm_config(**changes):
     config = SimpleNamespace(
         speculative_config=None,
@@ -91,27 +95,57 @@ def cache_config(*specs):
 SPEC = FullAttentionSpec(block_size=16, dtype="torch.bfloat16", head_size=128)
 
 
-def test_a_plain_model_is_usable():
-    require_usable(vllm_config(), cache_config(SPEC))
+WINDOW = SlidingWindowSpec(block_size=16, dtype="torch.bfloat16", head_size=128, sliding_window=64)
+NEW, OLD = {"fails_requests": True, "has_pool": False}, {"fails_requests": False, "has_pool": False}
+
+
+@pytest.mark.parametrize("vllm", [NEW, OLD, {"fails_requests": True, "has_pool": True}])
+def test_a_plain_model_is_usable(vllm):
+    require_usable(vllm_config(), cache_config(SPEC), **vllm)
+
+
+@pytest.mark.parametrize("specs, windows", [((WINDOW, SPEC), (64, None)), ((WINDOW,), (64,)), ((SPEC,), (None,))])
+def test_windows_are_usable_where_a_failed_load_can_be_told_by_its_request(specs, windows):
+    require_usable(vllm_config(), cache_config(*specs), **NEW)
+    assert windows_of(cache_config(*specs)) == windows
+
+
+def test_sides_with_other_tables_have_other_fingerprints():
+    seen = [
+        fingerprint_of(vllm_config(), cache_config(*specs), ConnectorSettings()).kv_groups
+        for specs in ((SPEC,), (WINDOW, SPEC), (SPEC, WINDOW), (WINDOW,))
+    ]
+    assert seen == ["", "window 64, all", "all, window 64", "window 64"]
+    both = fingerprint_of(vllm_config(), cache_config(WINDOW, SPEC), ConnectorSettings())
+    assert both.num_layers == 4
 
 
 @pytest.mark.parametrize(
-    "config, caches, named",
+    "config, caches, vllm, named",
     [
-        (vllm_config(speculative_config=object()), cache_config(SPEC), "speculative decoding"),
-        (vllm_config(parallel_config=SimpleNamespace(pipeline_parallel_size=2)), cache_config(SPEC), "pipeline"),
+        (vllm_config(speculative_config=object()), cache_config(SPEC), NEW, "speculative decoding"),
+        (vllm_config(parallel_config=SimpleNamespace(pipeline_parallel_size=2)), cache_config(SPEC), NEW, "pipeline"),
         (
             vllm_config(parallel_config=SimpleNamespace(pipeline_parallel_size=1, data_parallel_size=2)),
             cache_config(SPEC),
+            NEW,
             "2 data-parallel engines",
         ),
-        (vllm_config(), cache_config(SPEC, SlidingWindowSpec()), "2 KV cache groups"),
-        (vllm_config(), cache_config(SlidingWindowSpec()), "SlidingWindowSpec"),
+        (vllm_config(), cache_config(SPEC, WINDOW), OLD, "could not recompute a failed load.*disable-hybrid"),
+        (vllm_config(), cache_config(WINDOW), OLD, "could not recompute a failed load"),
+        (vllm_config(), cache_config(SPEC, WINDOW), {"fails_requests": True, "has_pool": True}, "the pool keeps none"),
+        (vllm_config(), cache_config(SPEC, MambaSpec(block_size=16)), NEW, "MambaSpec: only full attention"),
+        (
+            vllm_config(),
+            cache_config(SPEC, SlidingWindowSpec(block_size=32, sliding_window=64)),
+            NEW,
+            r"blocks of \[16, 32\] tokens",
+        ),
     ],
 )
-def test_what_cannot_be_carried_is_refused(config, caches, named):
+def test_what_cannot_be_carried_is_refused(config, caches, vllm, named):
     with pytest.raises(CompatibilityError, match=named):
-        require_usable(config, caches)
+        require_usable(config, caches, **vllm)
 
 
 def test_fingerprint_counts_heads_over_all_ranks():

@@ -2,11 +2,14 @@
 
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 from fake_node import FakeNode, ticket
 
+from kvferry.clock import VirtualClock
 from kvferry.connector.vllm.metadata import Cancel, Offer, Publish, Pull, StepPlan, rank_handoff
+from kvferry.connector.vllm.pace import Pace
 from kvferry.connector.vllm.stream import AfterForward
 from kvferry.connector.vllm.worker import WorkerHalf
 from kvferry.types import Stage, TerminalState
@@ -191,18 +194,62 @@ def test_a_publication_that_a_revoke_overtakes_is_dropped(node):
     assert node.calls[2:] == [("publish", a.handoff, range(LAYERS), 0, [8]), ("seal", a.handoff)]
 
 
-def test_layers_may_be_published_in_groups_and_the_seal_comes_with_the_last(half, node):
+@pytest.mark.parametrize(
+    "at_a_time, ranges",
+    [(1, [(0, 1), (1, 2), (2, 3), (3, 4)]), (2, [(0, 2), (2, 4)]), (3, [(0, 3), (3, 4)]), (0, [(0, 4)])],
+)
+def test_layers_are_published_as_the_forward_goes_and_the_last_ones_with_the_seal(node, at_a_time, ranges):
+    paced = []
+    half = make(node, pace=Pace(LAYERS, 100, fixed=at_a_time), on_paced=paced.append)
     a = ticket("source")
     half.begin_step(StepPlan(offers=[offer(a)]))
     plan = StepPlan(publishes=[Publish("r", 0, [5], True)])
     half.begin_step(plan)
-    half.publish_layers(plan, 2)
+    for number in range(1, LAYERS + 1):
+        half.layer_done(plan, number)
     half.publish(plan)
-    assert node.calls[1:] == [
-        ("publish", a.handoff, range(0, 2), 0, [5]),
-        ("publish", a.handoff, range(2, 4), 0, [5]),
-        ("seal", a.handoff),
-    ]
+    expected = [("publish", a.handoff, range(*layers), 0, [5]) for layers in ranges]
+    assert node.calls[1:] == [*expected, ("seal", a.handoff)]
+    assert paced == [len(ranges)]
+
+
+def test_layers_that_are_never_told_go_with_the_rest(node):
+    """A full CUDA graph replays attention without telling of its layers."""
+    half = make(node, pace=Pace(LAYERS, 100, fixed=1))
+    a = ticket("source")
+    half.begin_step(StepPlan(offers=[offer(a)]))
+    plan = StepPlan(publishes=[Publish("r", 0, [5], True)])
+    half.begin_step(plan)
+    half.publish(plan)
+    assert node.calls[1:] == [("publish", a.handoff, range(LAYERS), 0, [5]), ("seal", a.handoff)]
+
+
+def test_the_pace_is_chosen_by_what_targets_acknowledged_and_how_long_steps_took(node, monkeypatch):
+    clock = VirtualClock()
+    monkeypatch.setattr("kvferry.connector.vllm.worker.time", SimpleNamespace(monotonic=clock.now_s))
+    paced = []
+    half = make(node, pace=Pace(LAYERS, 1 << 20), on_paced=paced.append)
+
+    def prefill(name, num_blocks, computed_s, acked_s):
+        a = ticket("source")
+        half.begin_step(StepPlan(offers=[offer(a, name)]))
+        blocks = list(range(num_blocks))
+        plan = StepPlan(publishes=[Publish(name, 0, blocks, True)], num_tokens=128 * num_blocks)
+        half.begin_step(plan)
+        clock.advance(computed_s)
+        half.publish(plan)
+        clock.advance(acked_s)
+        node.release(a.handoff, at_s=clock.now_s())
+        clock.advance(10.0)  # vLLM asks much later: that is no slowness of the link
+        assert half.finished({name}) == ({name}, set())
+
+    prefill("short", 1, 0.01, 0.003)
+    prefill("long", 64, 0.5, 0.4)  # 256 MiB in 0.4 s
+    prefill("as long", 64, 0.5, 0.4)
+    prefill("short again", 1, 0.01, 0.003)
+    assert paced[:2] == [1, 1]  # nothing was known yet; then only what a short one takes
+    assert paced[2] == LAYERS
+    assert paced[3] == 1
 
 
 def test_vllm_0_32_publishes_and_pulls_after_the_forward_yet_revokes_before_it(half, node):

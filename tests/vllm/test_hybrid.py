@@ -1,0 +1,90 @@
+"""A model whose layers differ, with vLLM's hybrid KV cache manager: a block table each for windows and whole prompts.
+
+The window is 256 tokens, two blocks; prompts beyond 512 are computed in chunks, so that blocks leave the window and are
+freed before the prompt is whole.
+"""
+
+import pytest
+from serving import PATIENT, complete, prompt_of
+
+NUM_TOKENS = 12
+LENGTHS = (1, 5, 128, 129, 257, 385, 700, 1100, 1900)
+BLOCK, WINDOW = 128, 256
+
+
+@pytest.fixture(scope="module")
+def pair(start_pair, tmp_path_factory):
+    flags = tmp_path_factory.mktemp("flags")
+    lying = PATIENT | {"transports": ["corrupting"], "on_loaded": "hooks:zero_on_flag"}
+    environment = {"KVFERRY_TEST_FLAGS": str(flags)}
+    pair = start_pair("gemma3", prefill_kv=dict(lying), decode_kv=dict(lying), environment=environment)
+    pair.flags = flags
+    return pair
+
+
+@pytest.fixture
+def all_free_after(pair):
+    yield
+    pair.prefill.wait_all_free()
+    pair.decode.wait_all_free()
+
+
+def blocks_wanted(num_tokens):
+    """Of both tables, to compute the last token of a prompt: all blocks, and those that its window touches."""
+    all_blocks = -(-(num_tokens - 1) // BLOCK)
+    return all_blocks + all_blocks - max(0, num_tokens - WINDOW) // BLOCK
+
+
+def test_vllm_keeps_two_tables(pair):
+    for server in (pair.prefill, pair.decode):
+        assert "Turning off hybrid kv cache manager" not in server.log.read_text(errors="replace")
+
+
+def test_tokens_equal_and_only_what_the_window_sees_travels(pair, all_free_after):
+    for length in LENGTHS:
+        pulled = pair.decode.metric("vllm:kvferry_pulled_blocks_total")
+        prompt = prompt_of(length, seed=length)
+        result = pair.complete(prompt, NUM_TOKENS)
+        assert result.outcome.state == "delivered", (length, result.outcome)
+        # P computed this prompt itself; asked without a ticket it decodes too, as a single instance does.
+        assert result.token_ids == complete(pair.prefill.url, prompt, NUM_TOKENS), f"prompt of {length} tokens"
+        assert pair.decode.metric("vllm:kvferry_pulled_blocks_total") - pulled == blocks_wanted(length), length
+
+
+def test_several_at_a_time_and_prefixes_that_are_there(pair, all_free_after):
+    shared = prompt_of(5 * BLOCK, seed=7_000)
+    prompts = [shared + prompt_of(n, seed=7_001 + n) for n in (3, 130, 400)] + [prompt_of(600, seed=7_500)]
+    sent = [pair.send(prompt, NUM_TOKENS) for prompt in prompts]
+    answers = [decode.result(90)[1]["choices"][0]["token_ids"] for _, decode, _ in sent]
+    assert answers == [complete(pair.prefill.url, prompt, NUM_TOKENS) for prompt in prompts]
+    assert {pair.registry.outcome(handoff).state for _, _, handoff in sent} == {"delivered"}
+    longer = prompts[1] + prompt_of(200, seed=7_900)
+    assert pair.complete(longer, NUM_TOKENS).token_ids == complete(pair.prefill.url, longer, NUM_TOKENS)
+
+
+def test_a_corrupt_byte_is_recomputed_in_all_layers(pair, all_free_after):
+    prompt = prompt_of(900, seed=8_000)
+    (pair.flags / "corrupt").touch()
+    result = pair.complete(prompt, NUM_TOKENS)
+    (pair.flags / "corrupt").unlink()
+    assert (result.outcome.state, result.outcome.cause) == ("recomputed", "integrity_error")
+    assert result.token_ids == complete(pair.prefill.url, prompt, NUM_TOKENS)
+
+
+def test_a_source_that_decodes_on_takes_back_what_leaves_its_window(pair, all_free_after):
+    """Never wrong tokens: what was handed over late, or not at all, is computed."""
+    prompt = prompt_of(639, seed=8_500)  # the next token's window begins one block later
+    source, target = pair.tickets()
+    prefill = complete(pair.prefill.url, prompt, NUM_TOKENS, kv_transfer_params=source.as_params())
+    decode = complete(pair.decode.url, prompt, NUM_TOKENS, kv_transfer_params=target.as_params())
+    assert decode == prefill
+    assert pair.registry.outcome(source.handoff).state == "recomputed"
+    assert pair.prefill.metric("vllm:kvferry_releases_total") > 0
+
+
+def test_the_answer_depends_on_what_came_over(pair):
+    (pair.flags / "zero").touch()
+    prompt = prompt_of(300, seed=9_000)
+    result = pair.complete(prompt, NUM_TOKENS)
+    assert result.outcome.state == "delivered"
+    assert result.token_ids != complete(pair.prefill.url, prompt, NUM_TOKENS)
