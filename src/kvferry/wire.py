@@ -214,13 +214,16 @@ _refusals: dict[str, type[KVError]] = {
 
 
 class Session:
-    """An authenticated connection: seals what goes out, opens what comes in. One per connection, in order."""
+    """An authenticated connection: seals what goes out, opens what comes in. One per connection, in order.
+
+    Keys and counts of frames are public for code that seals and opens without Python.
+    """
 
     def __init__(self, key: bytes, role: Literal["client", "server"]) -> None:
         other = "server" if role == "client" else "client"
         self._key = key
-        self._out_key, self._in_key = self.derive(role), self.derive(other)
-        self._out_counter = self._in_counter = 0
+        self.out_key, self.in_key = self.derive(role), self.derive(other)
+        self.num_sealed = self.num_opened = 0
         self.peer_incarnation = Incarnation(0)
         self.peer_hello = b""
 
@@ -230,8 +233,8 @@ class Session:
 
     def seal(self, payload: bytes) -> bytes:
         """The frame that carries `payload` to the peer."""
-        check = _mac(self._out_key, self._out_counter, payload)
-        self._out_counter += 1
+        check = _mac(self.out_key, self.num_sealed, payload)
+        self.num_sealed += 1
         return encode_frame(payload, check)
 
     def open(self, frame: Frame) -> bytes:
@@ -239,12 +242,12 @@ class Session:
 
         Raises: WireError if it was changed, repeated or reordered on the way; close the connection.
         """
-        if not hmac.compare_digest(frame.check, _mac(self._in_key, self._in_counter, frame.payload)):
+        if not hmac.compare_digest(frame.check, _mac(self.in_key, self.num_opened, frame.payload)):
             raise WireError(
-                f"frame {self._in_counter} of {len(frame.payload)} bytes has a wrong MAC: it was changed, repeated "
+                f"frame {self.num_opened} of {len(frame.payload)} bytes has a wrong MAC: it was changed, repeated "
                 "or reordered on the way"
             )
-        self._in_counter += 1
+        self.num_opened += 1
         return frame.payload
 
 

@@ -33,7 +33,7 @@ class Connections:
         tell: what this side tells an authenticated peer, made anew for each connection.
         check_app_hello: may refuse the peer's own words by raising a KVError.
         adopt_stream: takes a socket that turned out to be a data stream, and the name of where it comes from.
-        on_peer, on_lost, on_message: called on the loop; `on_lost` once for each peer.
+        on_peer, on_lost, on_message, on_region_gone: called on the loop; `on_lost` once for each peer.
     """
 
     def __init__(
@@ -49,6 +49,7 @@ class Connections:
         on_peer: Callable[[Peer], None],
         on_lost: Callable[[Peer, KVError], None],
         on_message: Callable[[Peer, bytes], None],
+        on_region_gone: Callable[[Peer, RemoteRegion], None],
     ) -> None:
         self.address = listen
         self.refusals = Refusals()
@@ -56,6 +57,7 @@ class Connections:
         self._secret, self._incarnation, self._settings = secret, incarnation, settings
         self._tell, self._check_app_hello, self._adopt_stream = tell, check_app_hello, adopt_stream
         self._on_peer, self._on_peer_lost, self._on_peer_message = on_peer, on_lost, on_message
+        self._on_region_gone = on_region_gone
         self._peers: dict[ControlConnection, Peer] = {}
         self._handshaking: set[ControlConnection] = set()
         self._ungreeted: set[socket.socket] = set()
@@ -207,8 +209,7 @@ class Connections:
         if isinstance(notice, RegionAdded):
             peer.regions[notice.region.region_id] = notice.region
         elif (gone := peer.regions.pop(notice.region_id, None)) is not None:
-            for link in [way.link for way in peer.ways if way.link is not None]:
-                link.forget(gone)
+            self._on_region_gone(peer, gone)
 
     async def _accept(self, sock: socket.socket) -> None:
         while True:

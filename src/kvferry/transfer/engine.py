@@ -102,6 +102,7 @@ class TransferEngine:
             adopt_stream=tcp.adopt if isinstance(tcp, TcpTransport) else None,
             on_peer=self._on_peer,
             on_lost=self._on_lost,
+            on_region_gone=self._on_region_gone,
             on_message=self._on_peer_message,
         )
         self.refusals = self._connections.refusals
@@ -185,6 +186,8 @@ class TransferEngine:
             self._export(region)
         except BaseException:
             self._regions.remove(region)
+            for transport in self._transports.values():
+                transport.withdraw(region)
             raise
         self._on_loop(self._announce)
         return region
@@ -412,6 +415,12 @@ class TransferEngine:
     def _on_peer_message(self, peer: Peer, payload: bytes) -> None:
         if self.on_message is not None:
             self.on_message(peer, payload)
+
+    def _on_region_gone(self, peer: Peer, region: RemoteRegion) -> None:
+        for link in [way.link for way in peer.ways if way.link is not None]:
+            # On a thread: GPU memory is let go only when no copy reads it. Where this side is closed, all is let go.
+            with contextlib.suppress(RuntimeError):
+                self._threads.submit(link.forget, region)
 
     def _on_lost(self, peer: Peer, reason: KVError) -> None:
         peer.lost = reason

@@ -1,4 +1,4 @@
-/* Gather and scatter of many blocks in one call, without the GIL; short waits for one small block.
+/* Gather and scatter of many blocks in one call, without the GIL; one small block with its checks.
  *
  * Why C: a copy call for each block through ctypes gives the GIL up and takes it back for each block, and waits up to
  * 5 ms for it whenever another thread computes. And libc's memcpy reads each target line before it overwrites it,
@@ -7,13 +7,9 @@
  */
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
-#include <errno.h>
 #include <poll.h>
-#include <sched.h>
 #include <stdint.h>
 #include <string.h>
-#include <sys/socket.h>
-#include <time.h>
 
 #if defined(__x86_64__) && defined(__GNUC__)
 #include <immintrin.h>
@@ -155,52 +151,12 @@ static PyObject *copy_checked(PyObject *module, PyObject *const *args, Py_ssize_
     return PyLong_FromLong(word_stands ? 0 : 3);
 }
 
-/* Being woken costs tens of microseconds where a core had gone to sleep meanwhile; an answer often takes less. Not where
- * the sender runs on this very core: it could not answer before this thread sleeps, and then nobody has to be woken. */
-static PyObject *receive_soon(PyObject *module, PyObject *const *args, Py_ssize_t nargs) {
-    (void)module;
-    if (nargs != 3) {
-        PyErr_SetString(PyExc_TypeError, "receive_soon takes a descriptor, a buffer and microseconds");
-        return NULL;
-    }
-    long fd = PyLong_AsLong(args[0]), within_us = PyLong_AsLong(args[2]);
-    if (PyErr_Occurred()) return NULL;
-    Py_buffer buffer;
-    if (PyObject_GetBuffer(args[1], &buffer, PyBUF_WRITABLE) < 0) return NULL;
-    ssize_t got;
-    int failed;
-    Py_BEGIN_ALLOW_THREADS;
-#ifdef SO_INCOMING_CPU
-    int sender = -1;
-    socklen_t size = sizeof sender;
-    if (!getsockopt((int)fd, SOL_SOCKET, SO_INCOMING_CPU, &sender, &size) && sender == sched_getcpu()) within_us = 0;
-#endif
-    struct timespec began, now;
-    clock_gettime(CLOCK_MONOTONIC, &began);
-    do {
-        got = recv((int)fd, buffer.buf, (size_t)buffer.len, MSG_DONTWAIT);
-        failed = got < 0 ? errno : 0;
-        clock_gettime(CLOCK_MONOTONIC, &now);
-    } while ((failed == EAGAIN || failed == EINTR) &&
-             (now.tv_sec - began.tv_sec) * 1000000 + (now.tv_nsec - began.tv_nsec) / 1000 < within_us);
-    Py_END_ALLOW_THREADS;
-    PyBuffer_Release(&buffer);
-    if (failed == EAGAIN || failed == EINTR) return PyLong_FromLong(-1);
-    if (failed) {
-        errno = failed;
-        return PyErr_SetFromErrno(PyExc_OSError);
-    }
-    return PyLong_FromSsize_t(got);
-}
-
 static PyMethodDef methods[] = {
     {"copy_blocks", (PyCFunction)(void (*)(void))copy_blocks, METH_FASTCALL,
      "copy_blocks(target, source, target_offsets, source_offsets, count, nbytes, streaming): addresses as integers"},
     {"copy_checked", (PyCFunction)(void (*)(void))copy_checked, METH_FASTCALL,
      "copy_checked(target, source, nbytes, pidfd, slot, nonce, [word_slot, word_nonce, word_address, word]) -> int: 0 if "
      "all stands; 1: a slot holds another nonce; 2: the process is dead; 3: the word is another one"},
-    {"receive_soon", (PyCFunction)(void (*)(void))receive_soon, METH_FASTCALL,
-     "receive_soon(fd, buffer, within_us) -> int: bytes received without sleeping, 0 at the end; -1: none came in time"},
     {"load_word", load_word, METH_O, "load_word(address) -> int: 8 bytes, atomically, after everything loaded before"},
     {"store_word", (PyCFunction)(void (*)(void))store_word, METH_FASTCALL,
      "store_word(address, word): 8 bytes, atomically, visible before anything stored later"},

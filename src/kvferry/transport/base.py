@@ -165,7 +165,8 @@ class Link(abc.ABC):
         return None
 
     def forget(self, region: RemoteRegion) -> None:  # noqa: B027  (most transports hold nothing for one region)
-        """The peer took a region back, and `regions` has it no more: let go of what is held of it. Any thread."""
+        """The peer took a region back, and `regions` has it no more: let go of what is held of it. May block, and so is
+        never called on an event loop."""
 
     @abc.abstractmethod
     def close(self) -> None:

@@ -186,15 +186,6 @@ def is_dead(pidfd: int) -> bool:
     return bool(death.poll(0))
 
 
-def receive_soon(fd: int, place: memoryview, within_us: int) -> int | None:
-    """Receive what comes within microseconds, without sleeping: bytes received, 0 at the end of the stream.
-
-    None if nothing came, or where there is no C to wait in. Raises: OSError.
-    """
-    got = -1 if _copy is None else int(_copy.receive_soon(fd, place, within_us))
-    return None if got < 0 else got
-
-
 def load_word(address: int) -> int:
     """8 aligned bytes as a signed integer, atomically, not earlier than anything that this thread loaded before."""
     if _copy is not None:

@@ -172,11 +172,12 @@ class CudaTransport(Transport):
 
 
 class _Remote(NamedTuple):
-    """A peer's region: as the beacon knows it, with its address here and the way to it."""
+    """A peer's region: as the beacon knows it, with its address here, the way to it, and what was opened for it."""
 
     shadow: RemoteRegion
     address: int
     path: Path
+    opened: tuple[int, bytes] | None
 
 
 class CudaLink(Link):
@@ -188,7 +189,7 @@ class CudaLink(Link):
         self._transport, self._beacon, self._peer = transport, beacon, peer
         self._same_process = int(offer["pid"]) == os.getpid()
         self._idle = threading.Condition()
-        self._num_copies = 0
+        self._copies: set[object] = set()
         self._closed = False
         self._opened: dict[tuple[int, bytes], int] = {}
         self._remotes: dict[tuple[int, int], _Remote] = {}
@@ -230,15 +231,30 @@ class CudaLink(Link):
         """Waits for copies under way (they end at their next launch), then closes what was opened of the peer."""
         with self._idle:
             self._closed = True
-            while self._num_copies:
+            while self._copies:
                 self._idle.wait()
             opened, self._opened = self._opened, {}
+        self._close_opened(opened)
+        self._beacon.close()
+
+    def forget(self, region: RemoteRegion) -> None:
+        """Closes what was opened for the region, unless another one lies in it. Waits for copies under way."""
+        with self._idle:
+            gone = [key for key, remote in self._remotes.items() if remote.shadow.token == region.token]
+            unused = {self._remotes.pop(key).opened for key in gone} - {r.opened for r in self._remotes.values()}
+            opened = {key: self._opened.pop(key) for key in unused if key in self._opened}
+            under_way = set(self._copies) if opened else set()
+            while under_way & self._copies:
+                self._idle.wait()
+        self._close_opened(opened)
+        self._beacon.forget(region)
+
+    def _close_opened(self, opened: Dict[tuple[int, bytes], int]) -> None:
         if self._transport.is_stuck():
-            opened.clear()  # a kernel that never ended may still use them
+            return  # a kernel that never ended may still use them
         for (device, _handle), address in opened.items():
             with cuda.use(device):
                 cuda.close_ipc_handle(address)
-        self._beacon.close()
 
     def _move(
         self,
@@ -307,17 +323,20 @@ class CudaLink(Link):
         shadow = msgspec.structs.replace(region, handles={"shm": handle["beacon"]})
         self._beacon._require_registered(shadow)
         path: Path = "device" if handle["uuid"] == self._transport.uuids[device] else "peer"
-        if self._same_process:
-            if int(handle["device"]) != device:
-                with cuda.use(device):
-                    cuda.enable_peer_access(int(handle["device"]))
-            address = int(handle["address"])
-        else:
-            address = self._open(bytes(handle["handle"]), device) + int(handle["offset"])
-        remote = self._remotes[region.region_id, device] = _Remote(shadow, address, path)
+        if self._same_process and int(handle["device"]) != device:
+            with cuda.use(device):
+                cuda.enable_peer_access(int(handle["device"]))
+        with self._idle:
+            # Entered as it is opened, so that `forget` of a neighbour in the same allocation does not close it.
+            if self._same_process:
+                remote = _Remote(shadow, int(handle["address"]), path, None)
+            else:
+                opened = device, bytes(handle["handle"])
+                remote = _Remote(shadow, self._open(*opened) + int(handle["offset"]), path, opened)
+            self._remotes[region.region_id, device] = remote
         return remote
 
-    def _open(self, handle: bytes, device: int) -> int:
+    def _open(self, device: int, handle: bytes) -> int:
         """The first address of the peer's allocation on `device`; opened once."""
         with self._idle:
             if (base := self._opened.get((device, handle))) is None:
@@ -348,7 +367,8 @@ class CudaLink(Link):
         with self._idle:
             if self._closed:
                 raise PeerGone("the link to the peer was closed", peer=self._peer)
-            self._num_copies += 1
+            copy = object()
+            self._copies.add(copy)
         dead = False
         try:
             self._check()
@@ -358,7 +378,7 @@ class CudaLink(Link):
             raise
         finally:
             with self._idle:
-                self._num_copies -= 1
+                self._copies.discard(copy)
                 self._idle.notify_all()
             if dead:
                 self.close()

@@ -17,9 +17,11 @@ from typing import Literal
 import msgspec
 
 from kvferry.errors import KVError, PeerGone, TransferTimeout, WireError
-from kvferry.transport.copying import Limits, receive_soon
+from kvferry.transport import small_blocks
+from kvferry.transport.copying import Limits
 from kvferry.transport.registry import TransportSettings
-from kvferry.transport.vectors import MAX_VECTORS, VectorCursor, Vectors, merge_adjacent
+from kvferry.transport.small_blocks import AWAKE_US, BUSY_S, BlockRequest, ServedRegions, receive_soon
+from kvferry.transport.vectors import MAX_VECTORS, VectorCursor, Vectors, merge_adjacent, view_of
 from kvferry.types import Incarnation
 from kvferry.wire import HEADER, MAGIC, Codec, Frame, Handshake, Session
 
@@ -32,12 +34,6 @@ MAX_STATUS_BYTES = 4096
 REQUEST_BUFFER_BYTES = 64 << 10
 VECTORS_PER_CALL = MAX_VECTORS
 """Blocks a system call: between two of them nothing moves, while a stream waits for the GIL and for Python."""
-
-AWAKE_US = 150
-"""How long a frame is waited for without sleeping, on a stream whose last one came within BUSY_S. Waking a core of a
-virtual machine took up to that long here."""
-
-BUSY_S = 1e-3
 
 
 class Part(msgspec.Struct, frozen=True, array_like=True):
@@ -64,16 +60,6 @@ class WriteRequest(msgspec.Struct, frozen=True, array_like=True, tag="w"):
     digest: bool = False
 
 
-class BlockRequest(msgspec.Struct, frozen=True, array_like=True, tag="b"):
-    """Send one small block: the status brings the verdict with it, because the block was copied out before."""
-
-    region_id: int
-    token: str
-    nbytes: int
-    offset: int
-    guard: tuple[int, str, int, int] | None = None
-
-
 class WordRequest(msgspec.Struct, frozen=True, array_like=True, tag="l"):
     """Load 8 bytes; they come in the trailer."""
 
@@ -89,9 +75,15 @@ class Refused(msgspec.Struct, frozen=True, array_like=True):
     message: str
 
 
-requests: Codec[ReadRequest | WriteRequest | BlockRequest | WordRequest] = Codec(
-    ReadRequest | WriteRequest | BlockRequest | WordRequest
-)
+Request = ReadRequest | WriteRequest | WordRequest
+requests: Codec[Request] = Codec(Request)
+
+
+def decode_request(payload: bytes) -> Request | BlockRequest:
+    """Raises: WireError."""
+    return BlockRequest.decode(payload) if BlockRequest.begins(payload) else requests.decode(payload)
+
+
 refusals: Codec[Refused] = Codec(Refused)
 GOOD = b"\0"
 TRAILER = struct.Struct("<Bq16s")
@@ -112,6 +104,7 @@ class DataStream:
         self._awake = False
         self._ahead = b""
         self._buffer: memoryview | None = None
+        self._head = bytearray(TRAILER_FRAME_BYTES)
 
     def abort(self) -> None:
         """Wake whoever waits on this stream; their calls fail."""
@@ -150,6 +143,10 @@ class DataStream:
         """
         data = bytearray(HEADER.size + expect)
         self._await_frame(memoryview(data), limits)
+        return self._open(data, max_bytes, limits, expect)
+
+    def _open(self, data: bytearray, max_bytes: int, limits: Limits | None, expect: int) -> bytes:
+        """The payload of the frame that begins with `data`, header and `expect` bytes of it."""
         magic, length, check = HEADER.unpack_from(data)
         if magic != MAGIC or length > max_bytes or length < expect:
             raise WireError(f"the data stream is out of step: a frame of {length} bytes with magic {magic!r}")
@@ -157,10 +154,46 @@ class DataStream:
             data += self.receive(length - expect, limits)
         return self.session.open(Frame(check, bytes(data[HEADER.size :])))
 
-    def receive_request(self) -> bytes:
+    def ask_block(self, request: bytes, address: int, nbytes: int, limits: Limits) -> bytes | None:
+        """Ask for a small block. None: it is in place, under a verdict that stands. Else the owner's answer, a trailer
+        with another verdict or a refusal; then none of its bytes is.
+
+        Raises: WireError, PeerGone, and what `limits` raises: then the place may hold some of the block.
+        """
+        if small_blocks.in_c is None:
+            self.send_frame(request, limits)
+            answer = self.receive_frame(MAX_STATUS_BYTES, limits, expect=TRAILER.size)
+            if answer[0] != STANDS:
+                return answer
+            self.receive_into(view_of(address, nbytes), limits)
+            return None
+        fd, head, session, total = self.socket.fileno(), self._head, self.session, TRAILER_FRAME_BYTES + nbytes
+        got, within_us, began_s = 0, AWAKE_US if self._awake else 0, time.perf_counter()
+        while True:
+            try:
+                got = small_blocks.in_c.ask(
+                    fd, request, session.out_key, session.num_sealed, session.in_key, session.num_opened,
+                    head, address, nbytes, got, within_us,
+                )  # fmt: skip
+            except OSError as error:
+                self._waited(error, limits)
+            if got == total or got < 0:
+                break
+            request, within_us = b"", 0
+            limits.check()
+        self._awake = time.perf_counter() - began_s < BUSY_S
+        session.num_sealed += 1
+        if got < 0:
+            return self._open(head, MAX_STATUS_BYTES, limits, TRAILER.size)
+        session.num_opened += 1
+        return None
+
+    def receive_request(self, regions: ServedRegions | None = None) -> bytes:
         """The payload of the reader's next sealed frame; for owners. Takes all that has come in one call: behind a
         request there is nothing but further ones, until it is answered.
 
+        Args:
+            regions: good requests for small blocks of these are answered on the way.
         Raises: WireError for a bad or too large frame, PeerGone.
         """
         while True:
@@ -175,7 +208,22 @@ class DataStream:
                     return self.session.open(Frame(check, data[HEADER.size : end]))
             if self._buffer is None:
                 self._buffer = memoryview(bytearray(REQUEST_BUFFER_BYTES))
-            self._ahead += self._buffer[: self._await(self._buffer, None, 0)]
+            served = None
+            if regions is not None and not self._ahead:
+                served = self._serve_blocks(regions, self._buffer)
+            self._ahead += self._buffer[: self._await(self._buffer, None, 0) if served is None else served]
+
+    def _serve_blocks(self, regions: ServedRegions, place: memoryview) -> int | None:
+        try:
+            served = regions.serve(self.socket.fileno(), self.session, place, self._awake)
+        except OSError as error:
+            raise PeerGone(f"the data stream broke: {error.strerror or error}", peer=self.peer) from error
+        if served is None:
+            return None
+        got, self._awake = served
+        if got == 0:
+            raise PeerGone("the peer closed the data stream", peer=self.peer)
+        return got
 
     def _await_frame(self, place: memoryview, limits: Limits | None) -> None:
         """Fill `place` with the beginning of the next frame."""
@@ -189,7 +237,7 @@ class DataStream:
         got: int | None = None
         if self._awake:
             try:
-                got = receive_soon(self.socket.fileno(), place, AWAKE_US)
+                got = receive_soon(self.socket.fileno(), place)
             except OSError as error:
                 self._waited(error, limits)
         if got is None:

@@ -28,12 +28,12 @@ from kvferry.policy.streams import StreamCount
 from kvferry.transport.base import BlockList, Guard, Link, Region, RemoteRegion, StopToken, Transport
 from kvferry.transport.copying import SMALL_BYTES, Limits, slices
 from kvferry.transport.registry import TransportContext
+from kvferry.transport.small_blocks import BlockRequest
 from kvferry.transport.streams import (
     BROKEN,
     GOOD,
     MAX_STATUS_BYTES,
     TRAILER,
-    BlockRequest,
     DataStream,
     Part,
     ReadRequest,
@@ -44,7 +44,7 @@ from kvferry.transport.streams import (
     requests,
 )
 from kvferry.transport.tcp_owner import StreamListener, StreamServer
-from kvferry.transport.vectors import Vectors, digest_of, vectors_of, view_of
+from kvferry.transport.vectors import Vectors, digest_of, vectors_of
 from kvferry.types import Incarnation
 
 CHUNK_BYTES = 64 << 20
@@ -74,7 +74,10 @@ class TcpTransport(Transport):
             return {"shared": False, "address": self._listener.address}
 
     def export(self, region: Region) -> dict[str, Any] | None:
-        return {} if region.kind == "host" else None
+        if region.kind != "host":
+            return None
+        self._server.admit(region)
+        return {}
 
     def withdraw(self, region: Region) -> None:
         self._server.withdraw(region.region_id)
@@ -264,15 +267,14 @@ class TcpLink(Link):
         remote, local, sources, targets, nbytes = block
         assert isinstance(remote, RemoteRegion) and isinstance(local, Region)
         words = None if guard is None else self._words(guard)
-        request = requests.encode(BlockRequest(remote.region_id, remote.token, nbytes, sources.item(), words))
+        request = BlockRequest(remote.region_id, remote.token, nbytes, sources.item(), words).encode()
         stream = self.take(limits)
         try:
-            stream.send_frame(request, limits)
-            status = stream.receive_frame(MAX_STATUS_BYTES, limits, expect=TRAILER.size)
-            if len(status) != TRAILER.size:
-                self._refuse(status)
-            self._check_trailer(status)
-            stream.receive_into(view_of(local.address + targets.item(), nbytes), limits)
+            answer = stream.ask_block(request, local.address + targets.item(), nbytes, limits)
+            if answer is not None:
+                if len(answer) != TRAILER.size:
+                    self._refuse(answer)
+                self._check_trailer(answer)
         except BaseException:
             # Also where the owner refused: the answers to further requests may still be on their way.
             self.drop(stream)

@@ -20,6 +20,7 @@ from kvferry.transport.blocks import require_inside
 from kvferry.transport.copying import SMALL_BYTES, Limits, load_word
 from kvferry.transport.inproc import require_word
 from kvferry.transport.registry import TransportContext
+from kvferry.transport.small_blocks import BlockRequest, ServedRegions
 from kvferry.transport.streams import (
     BROKEN,
     GOOD,
@@ -27,7 +28,6 @@ from kvferry.transport.streams import (
     PREFACE,
     STANDS,
     TRAILER,
-    BlockRequest,
     DataStream,
     Part,
     ReadRequest,
@@ -35,9 +35,9 @@ from kvferry.transport.streams import (
     WordRequest,
     WriteRequest,
     accept_stream,
+    decode_request,
     prepare_socket,
     refusals,
-    requests,
     set_timeouts,
 )
 from kvferry.transport.vectors import Vectors, digest_of, vectors_of
@@ -63,6 +63,7 @@ class StreamServer:
         self._closed = False
         self._stop = StopToken()
         self.refusals = Refusals()
+        self._small_blocks = ServedRegions()
 
     def adopt(self, sock: socket.socket, peer: str) -> None:
         """Serve a connection whose preface was read. Returns at once; the socket now belongs to this server."""
@@ -75,8 +76,13 @@ class StreamServer:
             self._threads.add(thread)
             thread.start()
 
+    def admit(self, region: Region) -> None:
+        """A region that peers are told of."""
+        self._small_blocks.admit(region)
+
     def withdraw(self, region_id: int) -> None:
         """Break off every transfer on this region; return when none touches it any more."""
+        self._small_blocks.withdraw(region_id)
         with self._changed:
             for stream, regions in self._busy.items():
                 if region_id in regions:
@@ -106,7 +112,7 @@ class StreamServer:
                 limits=Limits(self._stop, HANDSHAKE_S, peer),
             )
             while True:
-                self._answer(stream, stream.receive_request())
+                self._answer(stream, stream.receive_request(self._small_blocks))
         except WireError as error:
             self.refusals.add(peer, error)
         except (KVError, OSError):
@@ -119,7 +125,7 @@ class StreamServer:
             sock.close()
 
     def _answer(self, stream: DataStream, payload: bytes) -> None:
-        request = requests.decode(payload)
+        request = decode_request(payload)
         try:
             if isinstance(request, BlockRequest):
                 stream.send(self._copy_block(stream, request))
@@ -226,8 +232,9 @@ def _verdict(guard: tuple[int, str, int, int] | None, regions: dict[int, Region]
         return TRAILER.pack(STANDS, 0, digest)
     region_id, _token, offset, word = guard
     region = regions[region_id]
-    seen = load_word(region.address + offset) if 0 <= offset <= region.nbytes - 8 and offset % 8 == 0 else 0
-    return TRAILER.pack(STANDS if seen == word else BROKEN, seen, digest)
+    fits = 0 <= offset <= region.nbytes - 8 and offset % 8 == 0
+    seen = load_word(region.address + offset) if fits else 0
+    return TRAILER.pack(STANDS if fits and seen == word else BROKEN, seen, digest)
 
 
 def _serve_write(stream: DataStream, request: WriteRequest, vectors: Vectors) -> bytes:

@@ -61,6 +61,22 @@ class Side:
             self.region.region_id, self.region.nbytes, self.region.token, "cuda", handles={"cuda": handle}
         )
 
+    def part(self, region_id: int, first: int, nbytes: int, *, allocation: RemoteRegion | None = None) -> RemoteRegion:
+        """More of the memory as a region; in an allocation of its own, or `first` bytes into another region's."""
+        region = Region(
+            region_id=region_id,
+            address=self.memory.ctypes.data + first,
+            nbytes=nbytes,
+            token=secrets.token_hex(16),
+            kind="cuda",
+        )
+        handle = self.transport.export(region)
+        assert handle is not None
+        if allocation is not None:
+            base = allocation.handles["cuda"]
+            handle |= {"handle": base["handle"], "offset": base["offset"] + first}
+        return RemoteRegion(region_id, nbytes, region.token, "cuda", handles={"cuda": handle})
+
 
 class Pair:
     def __init__(self, **settings: Any) -> None:
@@ -275,6 +291,44 @@ def test_a_handle_is_opened_once_and_closed_with_the_link(pair: Pair, gpu: FakeG
     assert gpu.closed == gpu.opened
     with pytest.raises(PeerGone):
         pair.read(pair.blocks([0], [0], 64))
+
+
+def test_a_region_that_was_taken_back_is_closed_unless_another_lies_in_its_allocation(pair: Pair, gpu: FakeGpu) -> None:
+    neighbour = pair.owner.part(5, 1024, 2048, allocation=pair.source)
+    blocks = pair.blocks([0], [0], 64)
+    pair.read(blocks)
+    pair.read(blocks._replace(source=neighbour))
+    assert len(gpu.opened) == 1
+    pair.link.forget(pair.source)
+    assert gpu.closed == []
+    pair.read(blocks._replace(source=neighbour))
+    pair.link.forget(neighbour)
+    assert gpu.closed == gpu.opened
+    pair.link.forget(neighbour)
+    # Nothing keeps the peer from registering the same memory anew.
+    pair.read(blocks)
+    assert len(gpu.opened) == 2
+    pair.link.close()
+    assert gpu.closed == gpu.opened
+
+
+def test_forget_waits_for_copies_under_way(pair: Pair, gpu: FakeGpu) -> None:
+    other = pair.owner.part(5, 4096, 4096)
+    forgetting = threading.Thread(target=pair.link.forget, args=(pair.source,))
+    still_open = []
+
+    def during() -> None:
+        gpu.on_launch = None
+        forgetting.start()
+        pair.read(pair.blocks([0], [4096], 64)._replace(source=other))
+        forgetting.join(0.02)
+        still_open.append(forgetting.is_alive() and gpu.closed == [])
+
+    gpu.on_launch = during
+    pair.read(pair.blocks([0], [0], 64))
+    forgetting.join(5.0)
+    assert still_open == [True]
+    assert gpu.closed == gpu.opened[:1]
 
 
 def test_a_peer_that_closed_is_gone_and_its_handles_are_closed(pair: Pair, gpu: FakeGpu) -> None:

@@ -37,7 +37,6 @@ from kvferry.transport.copying import (
     copy_blocks,
     copy_checked,
     copy_list,
-    receive_soon,
     slices,
 )
 from kvferry.transport.memory import SharedBuffer, WordTable, find_backing, size_is_sealed
@@ -171,21 +170,6 @@ def test_a_checked_copy_tells_what_no_longer_stands(either_copy: None) -> None:
         child.kill()
         child.wait()
         os.close(pidfd)
-
-
-def test_what_comes_soon_is_received_without_sleeping() -> None:
-    if copying._copy is None:
-        pytest.skip("built without a C compiler")
-    near, far = socket.socketpair()
-    place = memoryview(bytearray(10))
-    with near:
-        with far:
-            assert receive_soon(near.fileno(), place, 100) is None
-            far.send(b"abc")
-            assert receive_soon(near.fileno(), place, 100) == 3 and place[:3] == b"abc"
-        assert receive_soon(near.fileno(), place, 100) == 0
-        with pytest.raises(OSError):
-            receive_soon(-1, place, 100)
 
 
 def test_a_copy_looks_at_its_limits() -> None:

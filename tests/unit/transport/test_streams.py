@@ -8,9 +8,22 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from kvferry.errors import PeerGone, WireError
-from kvferry.transport import copying
-from kvferry.transport.streams import MAX_REQUEST_BYTES, DataStream
+from kvferry.errors import PeerGone, TransferTimeout, WireError
+from kvferry.transport import small_blocks
+from kvferry.transport.base import StopToken
+from kvferry.transport.copying import Limits
+from kvferry.transport.small_blocks import BlockRequest, receive_soon
+from kvferry.transport.streams import (
+    BROKEN,
+    MAX_REQUEST_BYTES,
+    STANDS,
+    TRAILER,
+    DataStream,
+    WordRequest,
+    decode_request,
+    requests,
+    set_timeouts,
+)
 from kvferry.transport.vectors import vectors_of
 from kvferry.wire import Session, encode_frame
 
@@ -20,10 +33,10 @@ KEY = b"k" * 32
 @pytest.fixture(params=["c", "python"])
 def ends(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[DataStream, DataStream]]:
     """A reader's and an owner's end of one stream, with and without the C module."""
-    if request.param == "c" and copying._copy is None:
+    if request.param == "c" and small_blocks.in_c is None:
         pytest.skip("built without a C compiler")
     if request.param == "python":
-        monkeypatch.setattr(copying, "_copy", None)
+        monkeypatch.setattr(small_blocks, "in_c", None)
     near, far = socket.socketpair()
     reader, owner = DataStream(near, Session(KEY, "client"), "owner"), DataStream(far, Session(KEY, "server"), "reader")
     yield reader, owner
@@ -81,3 +94,106 @@ def test_the_end_of_the_stream_is_a_lost_peer(ends: tuple[DataStream, DataStream
     reader.close()
     with pytest.raises(PeerGone):
         owner.receive_request()
+
+
+def place_for(nbytes: int) -> np.ndarray:
+    return np.full(nbytes, 0xEE, dtype=np.uint8)
+
+
+def ask(reader: DataStream, target: np.ndarray) -> bytes | None:
+    request = BlockRequest(1, "ab" * 16, target.nbytes, 0).encode()
+    return reader.ask_block(request, target.ctypes.data, target.nbytes, Limits(StopToken(), 5.0, "owner"))
+
+
+GOOD_TRAILER = TRAILER.pack(STANDS, 0, bytes(16))
+
+
+def test_a_small_block_comes_behind_its_verdict(ends: tuple[DataStream, DataStream]) -> None:
+    reader, owner = ends
+    for number in range(3):
+        target, block = place_for(100), bytes([number]) * 100
+        owner.send(owner.session.seal(GOOD_TRAILER) + block)
+        assert ask(reader, target) is None
+        assert target.tobytes() == block
+        assert BlockRequest.decode(owner.receive_request()) == BlockRequest(1, "ab" * 16, 100, 0)
+    # Both sides have counted on: the session still fits.
+    owner.send_frame(b"after")
+    assert reader.receive_frame(100) == b"after"
+
+
+def test_a_small_block_that_comes_in_parts_is_put_together(ends: tuple[DataStream, DataStream]) -> None:
+    reader, owner = ends
+    target, block = place_for(3000), bytes(range(250)) * 12
+    answer = owner.session.seal(GOOD_TRAILER) + block
+    parts = [answer[:7], answer[7:49], answer[49:50], answer[50:]]
+
+    class NextPart(Limits):
+        """Each look at the limits, when nothing has come for a while, lets one more part come."""
+
+        def check(self) -> None:
+            owner.send(parts.pop(0))
+
+    set_timeouts(reader.socket, 0.005, 0.005)
+    request = BlockRequest(1, "ab" * 16, target.nbytes, 0).encode()
+    assert reader.ask_block(request, target.ctypes.data, target.nbytes, NextPart(StopToken(), 5.0, "owner")) is None
+    assert target.tobytes() == block and not parts
+
+
+@pytest.mark.parametrize(
+    "answer", [TRAILER.pack(BROKEN, 5, bytes(16)), b"\1" + b"refused, and this is why it was" * 20]
+)
+def test_without_a_good_verdict_nothing_is_put_into_place(ends: tuple[DataStream, DataStream], answer: bytes) -> None:
+    reader, owner = ends
+    target = place_for(100)
+    owner.send(owner.session.seal(answer) + b"x" * 100)
+    assert ask(reader, target) == answer
+    assert (target == 0xEE).all()
+
+
+def test_a_forged_verdict_is_refused(ends: tuple[DataStream, DataStream]) -> None:
+    reader, owner = ends
+    target = place_for(100)
+    owner.send(Session(b"f" * 32, "server").seal(GOOD_TRAILER) + b"x" * 100)
+    with pytest.raises(WireError, match="MAC"):
+        ask(reader, target)
+    assert (target == 0xEE).all()
+
+
+def test_a_stream_that_ends_within_a_block_is_a_lost_peer(ends: tuple[DataStream, DataStream]) -> None:
+    reader, owner = ends
+    owner.send(owner.session.seal(GOOD_TRAILER) + b"x" * 99)
+    owner.close()
+    with pytest.raises(PeerGone):
+        ask(reader, place_for(100))
+
+
+def test_a_deadline_ends_the_wait_for_a_small_block(ends: tuple[DataStream, DataStream]) -> None:
+    reader, _ = ends
+    set_timeouts(reader.socket, 0.005, 0.005)
+    request = BlockRequest(1, "ab" * 16, 8, 0).encode()
+    with pytest.raises(TransferTimeout):
+        reader.ask_block(request, place_for(8).ctypes.data, 8, Limits(StopToken(), 0.01, "owner"))
+
+
+@pytest.mark.parametrize("guard", [None, (7, "cd" * 16, 16, -3)])
+def test_a_request_for_a_block_survives_the_wire(guard: tuple[int, str, int, int] | None) -> None:
+    request = BlockRequest(2**40, "0f" * 16, 4096, 2**50, guard)
+    assert BlockRequest.begins(request.encode()) and not BlockRequest.begins(requests.encode(WordRequest(1, "ab", 8)))
+    assert decode_request(request.encode()) == request
+    with pytest.raises(WireError):
+        decode_request(request.encode()[:-1])
+
+
+def test_what_comes_soon_is_received_without_sleeping() -> None:
+    if small_blocks.in_c is None:
+        pytest.skip("built without a C compiler")
+    near, far = socket.socketpair()
+    place = memoryview(bytearray(10))
+    with near:
+        with far:
+            assert receive_soon(near.fileno(), place) is None
+            far.send(b"abc")
+            assert receive_soon(near.fileno(), place) == 3 and bytes(place[:3]) == b"abc"
+        assert receive_soon(near.fileno(), place) == 0
+        with pytest.raises(OSError):
+            receive_soon(-1, place)
