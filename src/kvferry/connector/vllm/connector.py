@@ -260,6 +260,8 @@ class KVFerryConnector(*_BASES):  # type: ignore[misc]
             max_loading_blocks=int(self._kv_cache_config.num_blocks * self._settings.max_loading_share),
             namespace=self._settings.namespace,
             windows=self._windows,
+            keep=lambda block_ids: self._blocks.touch([self._blocks.blocks[b] for b in block_ids]),
+            let_go=lambda block_ids: self._blocks.free_blocks([self._blocks.blocks[b] for b in block_ids]),
         )
 
     @property
@@ -268,6 +270,7 @@ class KVFerryConnector(*_BASES):  # type: ignore[misc]
         return self._scheduler
 
     def bind_gpu_block_pool(self, gpu_block_pool: Any) -> None:
+        self._blocks = gpu_block_pool
         self._registration.state.free_blocks = gpu_block_pool.get_num_free_blocks
 
     def set_xfer_handshake_metadata(self, metadata: dict[int, KVFerryAddress]) -> None:
@@ -332,6 +335,7 @@ class KVFerryConnector(*_BASES):  # type: ignore[misc]
             for report in meta.reports:
                 self._trace(report.request_id, "reported")
             self._book.reported(meta.reports)
+        self._book.sent(connector_output.finished_sending or ())
 
     def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
         self._registration.state.running -= 1

@@ -76,7 +76,6 @@ class SourceRequest:
     num_blocks: int
     tables: list[list[int]]
     num_published: list[int]
-    is_lost: bool = False  # a window has left blocks behind that were published: it was cancelled
 
     def is_whole(self) -> bool:
         """Whether each group has published all that it will."""
@@ -110,7 +109,8 @@ class SchedulerHalf:
         max_loading_blocks: blocks that may wait for handoffs at a time; a request beyond that waits in vLLM's queue
             without blocks, so that requests which can run now find some. One load is always admitted.
         windows: for each KV cache group the tokens of its sliding window, or None. A token attends to so many, itself
-            included; vLLM frees what none will attend to any more without telling, and does not ask for it.
+            included; vLLM frees what none will attend to any more without telling, even as a request ends.
+        keep, let_go: hold blocks beyond what vLLM does with them, and end that: blocks of windows that were published.
     """
 
     def __init__(
@@ -123,6 +123,8 @@ class SchedulerHalf:
         max_loading_blocks: int | None = None,
         namespace: str = "default",
         windows: Sequence[int | None] = (None,),
+        keep: Callable[[Sequence[int]], None] = lambda block_ids: None,
+        let_go: Callable[[Sequence[int]], None] = lambda block_ids: None,
         clock: Clock | None = None,
     ) -> None:
         self._block_size = fingerprint.block_size
@@ -133,6 +135,8 @@ class SchedulerHalf:
         self._on_outcome = on_outcome
         self._max_loading_blocks = max_loading_blocks
         self._windows = tuple(windows)
+        self._keep, self._let_go = keep, let_go
+        self._kept: dict[str, list[int]] = {}
         self._clock = clock or RealClock()
         self._sources: dict[str, SourceRequest] = {}
         self._targets: dict[str, TargetRequest] = {}
@@ -141,7 +145,7 @@ class SchedulerHalf:
 
     def is_idle(self) -> bool:
         """Whether no request with a ticket is known."""
-        return not self._sources and not self._targets and not self._handoffs
+        return not self._sources and not self._targets and not self._handoffs and not self._kept
 
     @property
     def num_sources(self) -> int:
@@ -283,6 +287,11 @@ class SchedulerHalf:
         self._forget(request_id)
         return False
 
+    def sent(self, request_ids: Iterable[str]) -> None:
+        """Nobody reads these sources' blocks any more."""
+        for request_id in request_ids:
+            self._end_keeping(request_id)
+
     def reported(self, reports: Iterable[RankReport]) -> None:
         """Take the worker half's reports; the last rank's one ends the handoff."""
         for report in reports:
@@ -328,6 +337,7 @@ class SchedulerHalf:
             return
         if any(source.num_published):
             plan.revokes.append(request_id)
+        self._end_keeping(request_id)
         source.num_published = [0] * len(self._windows)
         source.tables = [[] for _ in self._windows]
 
@@ -342,9 +352,6 @@ class SchedulerHalf:
         else:
             for table, block_ids in zip(source.tables, added, strict=False):
                 table += block_ids
-        if not source.is_lost and self._left_behind(source, item.num_computed):
-            source.is_lost = True
-            plan.cancels.append(Cancel(item.request_id, "it decodes here, and a window has left its blocks behind"))
         for group in range(len(self._windows)):
             self._publish_group(item, source, group, plan)
 
@@ -364,15 +371,15 @@ class SchedulerHalf:
             # vLLM computed what it has no block for: never publish a guess, let the lease end this handoff.
             _log.error("request %s: %d blocks complete, known are %s", item.request_id, stop, table)
             return
+        if window is not None:
+            self._keep(block_ids)
+            self._kept.setdefault(item.request_id, []).extend(block_ids)
         plan.publishes.append(Publish(item.request_id, first, block_ids, whole, group))
         source.num_published[group] = stop
 
-    def _left_behind(self, source: SourceRequest, num_computed: int) -> bool:
-        """Whether vLLM, after so many tokens, has freed blocks that were published."""
-        firsts = [
-            (self._first_block(w, source.num_tokens - 1), self._first_block(w, num_computed)) for w in self._windows
-        ]
-        return any(num and now > then for num, (then, now) in zip(source.num_published, firsts, strict=True))
+    def _end_keeping(self, request_id: str) -> None:
+        if kept := self._kept.pop(request_id, None):
+            self._let_go(kept)
 
     def _combine(self, request_id: str, target: TargetRequest) -> None:
         outcomes = list(target.reports.values())
