@@ -24,10 +24,6 @@ class Carried(NamedTuple):
     seconds: float
 
 
-KNOWN_UP_TO = 4
-"""How many times as much as was seen a link is trusted to carry at the same speed."""
-
-
 class Link(NamedTuple):
     """How long a pull takes: `latency_s`, and the bytes at `bytes_a_s` beyond what the latency hides. `most_bytes` is
     the most that was seen."""
@@ -37,9 +33,9 @@ class Link(NamedTuple):
     most_bytes: int
 
     def seconds_for(self, nbytes: int) -> float | None:
-        """What the link itself takes for so many bytes; None where only far smaller pulls were seen, of which nobody
-        knows whether they were the link's time."""
-        if nbytes > KNOWN_UP_TO * self.most_bytes:
+        """What the link itself takes for so many bytes; None where only smaller pulls were seen: what they took may
+        have been messages and checks, which more bytes would not take again."""
+        if nbytes > self.most_bytes:
             return None
         return max(0.0, nbytes / self.bytes_a_s - self.latency_s)
 

@@ -6,10 +6,11 @@
         "kv_connector_extra_config": {"router": "http://127.0.0.1:8000", "url": "http://127.0.0.1:8100"}}'
 
 Rooms: `scheduler.py` decides (`requests.py` is what it knows of each), `worker.py` acts, `metadata.py` is what crosses
-between them; `layouts.py` maps vLLM's tensors, `stream.py` waits for the device, `pace.py` says how early to publish, `stats.py` and `metrics.py` count, `registration.py` joins the router,
-`version.py` and `settings.py` refuse what is not understood. For the pool, `pool_scheduler.py` and `pool_worker.py` do
-what the halves do for handoffs, and `pool.py` attaches it. `connector.py` is the thin class that vLLM calls; it alone
-(with `seams.py` and `metrics.py`) imports vLLM, so that all decisions are tested without it.
+between them; `layouts.py` maps vLLM's tensors, `stream.py` waits for the device, `pace.py` says how early to publish,
+`stats.py` and `metrics.py` count, `registration.py` joins the router, `version.py` and `settings.py` refuse what is not
+understood. For the pool, `pool_scheduler.py` and `pool_worker.py` do what the halves do for handoffs, and `pool.py`
+attaches it. `connector.py` is the thin class that vLLM calls; it alone (with `seams.py` and `metrics.py`) imports vLLM,
+so that all decisions are tested without it.
 """
 
 from __future__ import annotations
