@@ -1,4 +1,4 @@
-"""What a publication more costs: one prompt's layers published at once or in pieces, between two nodes in shared memory,
+"""What a publication more costs: a prompt's layers published at once or in pieces, between two nodes in shared memory,
 from the first publication to the target's verdict.
 
     python bench/publications.py [--out FILE]
@@ -87,7 +87,7 @@ def main() -> int:
                 }
             )
             print(
-                f"{digest:5} {pieces:3} pieces: {on_thread:6.2f} ms to publish, {in_all:6.2f} in all, {more:5.2f} more each"
+                f"{digest:5} {pieces:2} pieces: {on_thread:5.2f} ms to publish, {in_all:5.2f} in all, {more:.2f} each"
             )
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
     report = {

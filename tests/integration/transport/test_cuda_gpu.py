@@ -21,6 +21,7 @@ import pytest
 
 from kvferry.errors import LeaseExpired, PeerGone
 from kvferry.transport.base import BlockList, Guard, Region, RemoteRegion, StopToken
+from kvferry.transport.checksum import sums_of_blocks
 from kvferry.transport.registry import TransportContext, TransportSettings
 from kvferry.types import new_incarnation
 
@@ -79,6 +80,12 @@ def test_blocks_cross_and_a_killed_owner_is_an_error(devices: tuple[int, int]) -
         rows = torch.from_numpy(offsets // 65536).to(target.device)
         wanted = (torch.arange(NBYTES // 8, device=target.device) * 7).view(-1, 8192)[rows]
         assert torch.equal(target.view(-1, 8192)[rows.flip(0)], wanted)
+        for part in (blocks, BlockList(source, region, offsets + 8, offsets + 3, 1003)):
+            (sums,) = link.read_summed([part], guard=Guard(1, 80, 70), stop=StopToken(), deadline_s=60.0) or [None]
+            expected = sums_of_blocks(target.cpu().numpy().view(np.uint8), part.target_offsets, part.nbytes)
+            assert sums is not None and sums.tolist() == expected.tolist()
+            own = transport.sums(region, part.target_offsets, part.nbytes, deadline_s=60.0)
+            assert own.tolist() == expected.tolist()
         with pytest.raises(LeaseExpired):
             link.read([blocks], guard=Guard(1, 80, 71), stop=StopToken(), deadline_s=10.0)
         os.kill(process.pid or 0, signal.SIGKILL)
@@ -91,3 +98,50 @@ def test_blocks_cross_and_a_killed_owner_is_an_error(devices: tuple[int, int]) -
         process.join(10)
         link.close()
         transport.close()
+
+
+def node_with(tensor: Any, name: str) -> Any:
+    from kvferry.handoff.node import HandoffNode
+    from kvferry.layout import Fingerprint, KVLayout, LayerLayout
+
+    layers, block_bytes = 4, 4096
+    fingerprint = Fingerprint("m", "uint8", 16, layers, 2, 64)
+    node = HandoffNode(instance_id=name, fingerprint=fingerprint, digest="sum", transports=("cuda",))
+    node.register(tensor)
+    per_layer = tensor.numel() // layers
+    places = tuple(LayerLayout(0, i * per_layer, block_bytes) for i in range(layers))
+    node.start(KVLayout(per_layer // block_bytes, 16, block_bytes, 2, places))
+    return node
+
+
+@pytest.mark.parametrize("is_corrupt", [False, True])
+def test_a_handoff_in_gpu_memory_is_checked_by_the_sums_of_its_kernel(is_corrupt: bool) -> None:
+    from kvferry.types import HandoffTicket, InstanceRef, new_handoff_id
+
+    memory = [torch.randint(0, 255, (4 * 32 * 4096,), dtype=torch.uint8, device="cuda:0") for _ in range(2)]
+    torch.cuda.synchronize()
+    source, target = (node_with(m, name) for m, name in zip(memory, ("source", "target"), strict=True))
+    refs = [InstanceRef(n.instance_id, n.incarnation, (n.address,)) for n in (source, target)]
+    ticket = HandoffTicket(new_handoff_id(), "target", *refs, 60.0)
+    source.offer(ticket, b"prompt", 3)
+    for layer in range(4):
+        source.publish(ticket.handoff, range(layer, layer + 1), 0, [5, 9, 30])
+    source.seal(ticket.handoff)
+    if is_corrupt:
+        memory[0][(2 * 32 + 9) * 4096 + 77] ^= 1
+        torch.cuda.synchronize()
+    target.drop_select(ticket, b"prompt", 0, [1, 2, 3])
+    until = time.monotonic() + 60.0
+    while not (outcomes := target.outcomes()) and time.monotonic() < until:
+        time.sleep(0.01)
+    (outcome,) = outcomes
+    assert (str(outcome.state), outcome.cause) == (
+        ("recomputed", "integrity_error") if is_corrupt else ("delivered", None)
+    ), outcome
+    if is_corrupt:
+        assert "block 1 of the prompt, layers 2 to 2" in outcome.detail
+    else:
+        blocks = [m.view(4, 32, 4096) for m in memory]
+        assert torch.equal(blocks[1][:, [1, 2, 3]], blocks[0][:, [5, 9, 30]])
+    source.close()
+    target.close()
