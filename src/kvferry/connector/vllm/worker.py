@@ -175,6 +175,7 @@ class WorkerHalf:
 
     def layer_done(self, plan: StepPlan, number: int) -> None:
         """The forward has enqueued the first `number` layers: publish those that are not yet, if it is time."""
+        self.begin_step(plan)
         layers = range(self._layers_published, number)
         # The last layers go with the seal, in `publish`.
         if plan.publishes and len(layers) >= self._layers_a_publish and number < len(self._layers):
