@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
 import tracemalloc
 from typing import Any
@@ -243,6 +244,23 @@ def test_a_frame_sent_back_to_its_sender_is_noticed() -> None:
     reflected = FrameDecoder().feed(client.session.seal(b"x"))[0]
     with pytest.raises(WireError, match="wrong MAC"):
         client.session.open(reflected)
+
+
+@pytest.mark.parametrize("nbytes", [wire.HASHED_FROM_BYTES - 1, wire.HASHED_FROM_BYTES, 100_000])
+def test_any_byte_of_a_long_frame_that_changes_is_noticed(nbytes: int) -> None:
+    client, server = _pair()
+    _introduce(client, server)
+    assert client.session is not None and server.session is not None
+    payload = bytes(nbytes)
+    assert server.session.open(FrameDecoder().feed(client.session.seal(payload))[0]) == payload
+    frame = FrameDecoder().feed(client.session.seal(payload))[0]
+    for at in (0, nbytes // 2, nbytes - 1):
+        changed = payload[:at] + b"\1" + payload[at + 1 :]
+        with pytest.raises(WireError, match="wrong MAC"):
+            server.session.open(frame._replace(payload=changed))
+    with pytest.raises(WireError, match="wrong MAC"):
+        server.session.open(frame._replace(payload=hashlib.sha256(payload).digest()))
+    assert server.session.open(frame) == payload
 
 
 @given(st.binary(max_size=300))
