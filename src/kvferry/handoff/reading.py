@@ -110,7 +110,7 @@ def check_digests(plan: PullPlan, memory: KVMemory, layout: KVLayout, sums: Sums
     if bad is not None:
         raise IntegrityError(
             f"block {plan.first_block + bad} of the prompt, layers {plan.layers.start} to {plan.layers.stop - 1}: its "
-            "bytes differ from what the source published ({plan.kind}); bytes were changed on the way or in memory",
+            f"bytes differ from what the source published ({plan.kind}); bytes were changed on the way or in memory",
             stage="verifying",
         )
 

@@ -232,6 +232,7 @@ def test_a_byte_changed_after_publishing_is_caught(checked: tuple[Instance, Inst
     outcome = target.outcome(one.handoff)
     assert (outcome.state, outcome.cause) == (TerminalState.RECOMPUTED, "integrity_error")
     assert "block 1 of the prompt, layers 1 to 1" in (outcome.detail or "")
+    assert "{" not in (outcome.detail or "")
     source.released(one.handoff)
 
 
