@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -89,16 +89,32 @@ class Registry:
 
 
 class Server:
-    """One `vllm serve` on GPU 0, in a process group of its own."""
+    """One `vllm serve` on GPU 0 unless `env` says otherwise, in a process group of its own."""
 
-    def __init__(self, name: str, options: argparse.Namespace, kv: dict[str, Any] | None = None, **env: str) -> None:
+    def __init__(
+        self,
+        name: str,
+        options: argparse.Namespace,
+        kv: dict[str, Any] | None = None,
+        flags: Sequence[str] = (),
+        **env: str,
+    ) -> None:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         self.name, self.url = name, f"http://127.0.0.1:{port}"
         self.log = options.out.parent / f"vllm-{name}.log"
-        command = ["vllm", "serve", str(options.model), "--load-format", "dummy", "--skip-tokenizer-init"]
-        command += ["--host", "127.0.0.1", "--port", str(port), "--served-model-name", "m", "--max-model-len", "33000"]
+        command = ["vllm", "serve", str(options.model), "--skip-tokenizer-init", "--load-format", options.load_format]
+        command += [
+            "--host",
+            "127.0.0.1",
+            "--port",
+            str(port),
+            "--served-model-name",
+            "m",
+            "--max-model-len",
+            str(options.max_model_len),
+        ]
         command += ["--gpu-memory-utilization", str(options.utilization), "--no-enable-prefix-caching"]
         command += ["--no-enable-log-requests", "--max-num-seqs", "16"]
         # Graphs of decode steps alone: a prefill's shapes are not captured, and nothing is compiled at the start.
@@ -108,6 +124,7 @@ class Server:
             if kv["kv_connector"] == "KVFerryConnector":
                 kv["kv_connector_extra_config"]["url"] = self.url
             command += ["--kv-transfer-config", json.dumps(kv)]
+        command += flags
         path = os.pathsep.join(filter(None, [str(ROOT / "src"), os.environ.get("PYTHONPATH")]))
         environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "0", "PYTHONPATH": path, **env}
         self.began_s = time.monotonic()

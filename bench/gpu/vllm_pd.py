@@ -33,7 +33,7 @@ from typing import Any
 import msgspec
 from vllm_instances import CONFIG, ROOT, Registry, Server, start_all
 
-from kvferry.types import HandoffTicket, new_handoff_id
+from kvferry.types import HandoffId, HandoffTicket, new_handoff_id
 
 KV_BYTES_A_TOKEN = 36 * 2 * 8 * 128 * 2
 PROMPTS = (1000, 8000, 30000)
@@ -92,28 +92,33 @@ class KVFerryPair:
     def __init__(self, prefill: Server, decode: Server, registry: Registry, pool: ThreadPoolExecutor) -> None:
         self.prefill, self.decode, self._registry, self._pool = prefill, decode, registry, pool
 
-    def request(self, prompt: Token) -> Measured:
+    def request(self, prompt: Token, num_tokens: int = 1) -> Measured:
+        """With more than one token, `ttft_s` is the time to the last of them."""
         handoff = new_handoff_id()
         source, target = (self._registry.ref(s.name) for s in (self.prefill, self.decode))
         to_source, to_target = (
-            body(prompt, 1, kv_transfer_params=HandoffTicket(handoff, side, source, target, 60.0).as_params())
-            for side in ("source", "target")
+            body(prompt, count, kv_transfer_params=HandoffTicket(handoff, side, source, target, 60.0).as_params())
+            for side, count in (("source", 1), ("target", num_tokens))
         )
         began_s = time.perf_counter()
         prefill: Future[Any] = self._pool.submit(post, self.prefill, to_source)
         decode: Future[Any] = self._pool.submit(post, self.decode, to_target)
-        ended_s, answer = decode.result(90)
+        try:
+            ended_s, answer = decode.result(90)
+        except RuntimeError as error:
+            raise RuntimeError(f"{error}: {self._how_it_ended(handoff)}") from error
         source_s, source_answer = prefill.result(90)
+        note = self._how_it_ended(handoff)
+        return Measured(ended_s - began_s, source_s - began_s, tokens_of(answer), tokens_of(source_answer), note)
+
+    def _how_it_ended(self, handoff: HandoffId) -> str:
         until_s = time.monotonic() + 3
         while handoff not in self._registry.outcomes and time.monotonic() < until_s:
             time.sleep(0.01)
         outcome = self._registry.outcomes.get(handoff)
-        note = (
-            f"{outcome.as_header()}; {outcome.transport}; {outcome.duration_s * 1e3:.1f} ms"
-            if outcome
-            else "no outcome"
-        )
-        return Measured(ended_s - began_s, source_s - began_s, tokens_of(answer), tokens_of(source_answer), note)
+        if outcome is None:
+            return "no outcome"
+        return f"{outcome.as_header()}; {outcome.transport}; {outcome.duration_s * 1e3:.1f} ms"
 
 
 class NixlPair:
@@ -278,6 +283,7 @@ def main() -> int:
     ask.add_argument("--utilization", type=float, default=0.18, help="of GPU memory, for each instance")
     ask.add_argument("--model", type=Path, default=Path("/tmp/qwen3-8b-dummy"))
     options = ask.parse_args()
+    options.load_format, options.max_model_len = "dummy", 33000
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.model.mkdir(exist_ok=True)
     (options.model / "config.json").write_text(json.dumps(CONFIG))
