@@ -7,17 +7,28 @@ freed before the prompt is whole.
 import pytest
 from serving import PATIENT, complete, prompt_of
 
-NUM_TOKENS = 12
-LENGTHS = (1, 5, 128, 129, 257, 385, 700, 1100, 1900)
+NUM_TOKENS = 8
+LENGTHS = (1, 128, 257, 385, 700, 1900)
 BLOCK, WINDOW = 128, 256
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _version():
+    base = pytest.importorskip("vllm.distributed.kv_transfer.kv_connector.v1.base")
+    if not hasattr(base, "KVConnectorTransferResults"):
+        pytest.skip("this vLLM gives all layers one table with this connector, as it could not recompute several")
+
+
 @pytest.fixture(scope="module")
-def pair(start_pair, tmp_path_factory):
+def pair(start_pair, tmp_path_factory, _version):
     flags = tmp_path_factory.mktemp("flags")
     lying = PATIENT | {"transports": ["corrupting"], "on_loaded": "hooks:zero_on_flag", "lease_ttl_s": 60.0}
+    lying["digest"] = "sum"  # what GPUs take; the other modules have xxh3
     environment = {"KVFERRY_TEST_FLAGS": str(flags)}
-    pair = start_pair("gemma3", prefill_kv=dict(lying), decode_kv=dict(lying), environment=environment)
+    few = ["--num-gpu-blocks-override", "64"]  # so that freed blocks have new owners soon
+    pair = start_pair(
+        "gemma3", prefill_flags=few, prefill_kv=dict(lying), decode_kv=dict(lying), environment=environment
+    )
     pair.flags = flags
     return pair
 
@@ -76,7 +87,7 @@ def test_what_leaves_the_sources_window_is_there_until_the_target_has_it(pair, a
     prompt = prompt_of(639, seed=8_500)  # the next token's window begins one block later
     source, target = pair.tickets(deadline_s=60.0)
     complete(pair.prefill.url, prompt, 1, kv_transfer_params=source.as_params())
-    for seed in range(8_501, 8_506):
+    for seed in range(8_501, 8_504):
         complete(pair.prefill.url, prompt_of(1900, seed=seed), 1)
     decode = complete(pair.decode.url, prompt, NUM_TOKENS, kv_transfer_params=target.as_params())
     assert decode == complete(pair.prefill.url, prompt, NUM_TOKENS)

@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 PUBLISH_S = 1e-3
-"""What a publication more costs both sides together; see docs/vllm.md for the measurement."""
+"""What a publication more costs both sides together. Source: bench/publications.py, 0.75 to 1.15 ms on two cores."""
 
 
 class Carried(NamedTuple):
