@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import ctypes
 import json
 import os
@@ -22,6 +23,7 @@ from pathlib import Path
 import msgspec
 import psutil
 
+from kvferry.pool import BlockSpace, PoolClient
 from kvferry.protocol.membership import InstanceReport, Lease
 from kvferry.types import HandoffTicket, InstanceRef, Outcome, new_handoff_id
 
@@ -272,26 +274,39 @@ def post_completion(url, prompt, num_tokens, *, timeout_s=60.0, **options):
 
 
 class PoolNode:
-    """`kvferry node` on a port that stays the same when it is killed and started again."""
+    """`kvferry node` on a port, and with a disk tier, that stay the same when it is killed and started again."""
 
     def __init__(self, logs):
         self._log = Path(logs) / "node.log"
+        self._disk = Path(logs) / "node-disk"
         self._port = free_port()
         self.address = f"tcp://127.0.0.1:{self._port}"
         self.start()
 
     def start(self):
         command = [str(Path(sys.executable).parent / "kvferry"), "node", "--listen", self.address]
+        command += ["--arena-bytes", "128MiB", "--disk-path", str(self._disk), "--disk-bytes", "128MiB"]
         with self._log.open("ab") as log:
-            self.process = subprocess.Popen(
-                [*command, "--arena-bytes", "128MiB"], stdout=log, stderr=subprocess.STDOUT, preexec_fn=die_with_parent
-            )
+            self.process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, preexec_fn=die_with_parent)
         wait_for(self._listens, 60, "the pool's node listens")
 
     def _listens(self):
         assert self.process.poll() is None, self._log.read_text()
         with socket.socket() as probe:
             return probe.connect_ex(("127.0.0.1", self._port)) == 0
+
+    def counts(self):
+        """What the node has counted since its start."""
+
+        async def ask():
+            client = PoolClient(self.address, BlockSpace(bytes(32), "tests"))
+            await client.start()
+            try:
+                return (await client.stat()).counts
+            finally:
+                await client.close()
+
+        return asyncio.run(ask())
 
     def kill(self):
         self.process.kill()

@@ -215,7 +215,7 @@ def test_a_node_that_is_stopped_is_waited_for_only_so_long(fresh, single, pool_n
 
 
 def test_a_node_that_dies_in_the_middle_of_a_load_is_missed_by_nobody(fresh, pair, single, pool_node, flags):
-    """Last: the node comes back with an empty arena."""
+    """The node comes back with an empty arena."""
     prompt = prompt_of(1000, seed=LENGTHS.index(1000) + 1)
     (flags / "hold").touch()
     try:
@@ -232,3 +232,19 @@ def test_a_node_that_dies_in_the_middle_of_a_load_is_missed_by_nobody(fresh, pai
     assert complete(fresh.url, other, NUM_TOKENS) == complete(single.url, other, NUM_TOKENS)
     pool_node.start()
     wait_until_used_again(fresh, prompt)
+
+
+def test_what_lies_on_disk_is_fetched_from_the_requests_arrival_on(fresh, single, pool_node):
+    """Last: the node is killed, so that what it has is on its disk only."""
+    prompt = prompt_of(1900, seed=96)
+    expected = complete(single.url, prompt, NUM_TOKENS)
+    written = pool_node.counts().get("disk_written", 0)
+    assert complete(fresh.url, prompt, NUM_TOKENS) == expected
+    num_blocks = 1900 // BLOCK
+    wait_for(lambda: pool_node.counts().get("disk_written", 0) >= written + num_blocks, 30, "it is on disk")
+    pool_node.kill()
+    pool_node.start()
+    wait_until_used_again(fresh, prompt)
+    assert complete(fresh.url, prompt, NUM_TOKENS) == expected
+    # A load that comes soon takes over what the prefetch has not begun.
+    assert 0 < pool_node.counts()["prefetched"] <= loadable(1900)
