@@ -13,6 +13,7 @@ from types import ModuleType, SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 
 from kvferry.transport.checksum import SUM, sums_of_blocks
@@ -30,13 +31,13 @@ class Tile(NamedTuple):
 
 
 class DeviceTensor:
-    """uint8 [nbytes] in the pretended GPU's memory, as torch would show it; `array` is what a test looks at."""
+    """An array, uint8 [nbytes], as one that lies in the pretended GPU's memory, as torch would show it."""
 
-    def __init__(self, gpu: FakeGpu, nbytes: int) -> None:
-        self.array = np.zeros(nbytes, dtype=np.uint8)
+    def __init__(self, gpu: FakeGpu, array: npt.NDArray[np.uint8]) -> None:
+        self.array = array
         self.device = SimpleNamespace(type="cuda", index=1)
-        self.shape = (nbytes,)
-        gpu.tensors[self.data_ptr()] = nbytes
+        self.shape = array.shape
+        gpu.tensors[self.data_ptr()] = array.size
 
     def data_ptr(self) -> int:
         return self.array.ctypes.data

@@ -5,16 +5,19 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from tests_engine_support import Driver, Pair, ticket, tokens_of
 
-from kvferry.connector.transformers.model import LoadedModel
+from kvferry.connector.transformers.model import LoadedModel, load_model
 from kvferry.connector.transformers.sequence import Piece
 from kvferry.pool import BlockSpace, Loaded, Pending, PoolAttachment, PoolNode, PoolSettings, Saved
 from kvferry.types import Outcome, TerminalState, new_handoff_id
+from pretended_gpu import DeviceTensor, pretended_gpu
 
 Reference = list[tuple[list[int], list[float]]]
 WAIT_S = 60.0
@@ -46,10 +49,14 @@ class Node:
 
 
 class Pooled:
-    """Engines of one model that share a pool."""
+    """Engines of one model that share a pool.
 
-    def __init__(self, loaded: LoadedModel) -> None:
-        self._loaded = loaded
+    Args:
+        place: what of an engine's arena is attached; the arena itself, if it is not to lie on a pretended GPU.
+    """
+
+    def __init__(self, loaded: LoadedModel, place: Callable[[torch.Tensor], Any] = lambda arena: arena) -> None:
+        self._loaded, self._place = loaded, place
         self.block_bytes = 2 * loaded.geometry(16).block_bytes
         self.node = Node(self.block_bytes)
         self._attachments: list[PoolAttachment] = []
@@ -60,7 +67,7 @@ class Pooled:
             [self.node.node.address],
             BlockSpace.of(self._loaded.fingerprint(16), layout, namespace),
             layout,
-            {0: driver.memory.arena},
+            {0: self._place(driver.memory.arena)},
             deadline_s=WAIT_S,
             wake=lambda: driver.engine.wake(),
         )
@@ -114,6 +121,40 @@ def test_answers_depend_on_the_very_bytes_that_were_loaded(
     second = pooled.driver()
     assert second.generate([prompts[5]]) != [reference[5]]
     assert second.engine.snapshot.pooled_prompt_tokens == num_full(prompts[5])
+
+
+def save_and_load(pooled: Pooled, prompts: list[list[int]], expected: Reference) -> None:
+    """Two engines, one after the other: the second one computes as little as it can."""
+    for num_pooled in (0, sum(map(num_full, prompts))):
+        driver = pooled.driver()
+        assert driver.generate(prompts) == expected
+        assert driver.engine.snapshot.pooled_prompt_tokens == num_pooled
+
+
+def test_kv_on_a_pretended_gpu_is_saved_and_loaded(
+    loaded: LoadedModel, prompts: list[list[int]], reference: Reference, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pretended_gpu(monkeypatch) as gpu:
+        gpu.late = gpu.strict = True
+        pooled = Pooled(loaded, place=lambda arena: DeviceTensor(gpu, arena.numpy()))
+        try:
+            save_and_load(pooled, prompts, reference)
+        finally:
+            pooled.close()
+        assert gpu.launches
+        assert gpu.faults == []
+        assert gpu.spans == {}
+
+
+@pytest.mark.gpu
+@pytest.mark.leaks_allowed  # CUDA keeps its context's file descriptors and threads until the process ends.
+def test_kv_on_a_gpu_is_saved_and_loaded(model_path: Path, prompts: list[list[int]]) -> None:
+    loaded = load_model(str(model_path), device="cuda", dtype="float32")
+    pooled = Pooled(loaded)
+    try:
+        save_and_load(pooled, prompts, Driver(loaded).generate(prompts))
+    finally:
+        pooled.close()
 
 
 def test_what_the_pool_has_of_a_longer_prompt_is_loaded_and_the_rest_computed_and_saved(

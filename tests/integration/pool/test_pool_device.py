@@ -55,12 +55,10 @@ class Rank:
     def __init__(self, address: str, gpu: FakeGpu | None, made: KVLayout = APART, **settings: Any) -> None:
         sizes = {0: 112 + NUM_LAYERS * NUM_BLOCKS * LAYER_BYTES, 1: NUM_BLOCKS * LAYER_BYTES}
         self.layout = made
-        if gpu is None:
-            self.memory = {region: np.zeros(nbytes, dtype=np.uint8) for region, nbytes in sizes.items()}
-            buffers: dict[int, Any] = dict(self.memory)
-        else:
-            buffers = {region: DeviceTensor(gpu, nbytes) for region, nbytes in sizes.items()}
-            self.memory = {region: tensor.array for region, tensor in buffers.items()}
+        self.memory = {region: np.zeros(nbytes, dtype=np.uint8) for region, nbytes in sizes.items()}
+        buffers: dict[int, Any] = dict(self.memory)
+        if gpu is not None:
+            buffers = {region: DeviceTensor(gpu, array) for region, array in self.memory.items()}
         space = BlockSpace.of(FINGERPRINT, made, "tenant-a")
         self.pool = PoolAttachment([address], space, made, buffers, staging_bytes=STAGING_BYTES, **settings)
 
@@ -403,7 +401,7 @@ def test_memory_of_two_kinds_or_without_the_packages_is_refused(monkeypatch: pyt
     space = BlockSpace.of(FINGERPRINT, MIXED, "tenant-a")
     nbytes = 112 + NUM_LAYERS * NUM_BLOCKS * LAYER_BYTES
     with pytest.raises(ConfigError, match="cpu, cuda:1"):
-        buffers = {0: DeviceTensor(fake, nbytes), 1: np.zeros(nbytes, dtype=np.uint8)}
+        buffers = {0: DeviceTensor(fake, np.zeros(nbytes, np.uint8)), 1: np.zeros(nbytes, np.uint8)}
         PoolAttachment(["tcp://127.0.0.1:9"], space, MIXED, buffers)
     monkeypatch.delitem(sys.modules, "kvferry.pool.device", raising=False)
     monkeypatch.setitem(sys.modules, "kvferry.transport.cuda_runtime", None)
