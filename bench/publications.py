@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -22,6 +20,7 @@ import numpy as np
 
 from kvferry.handoff.node import HandoffNode
 from kvferry.layout import Fingerprint, KVLayout, LayerLayout
+from kvferry.transfer.bench.runner import describe_machine
 from kvferry.types import HandoffTicket, InstanceRef, TerminalState, new_handoff_id
 
 LAYERS, BLOCKS, BLOCK_BYTES, PROMPT_BLOCKS = 32, 64, 64 << 10, 16
@@ -89,11 +88,9 @@ def main() -> int:
             print(
                 f"{digest:5} {pieces:2} pieces: {on_thread:5.2f} ms to publish, {in_all:5.2f} in all, {more:.2f} each"
             )
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
     report = {
-        "commit": commit,
         "command": " ".join(["python", *sys.argv]),
-        "machine": f"{platform.processor() or platform.machine()}, {np.__name__} {np.__version__}",
+        **describe_machine(),
         "bytes": LAYERS * PROMPT_BLOCKS * BLOCK_BYTES,
         "rows": rows,
     }
