@@ -102,8 +102,8 @@ ReachOutcome = Literal["open", "refused", "timeout", "unresolved", "unreachable"
 class Reach(msgspec.Struct, frozen=True):
     """What a TCP connection from `seen_from` to `host:port` met. `address` is what the name resolved to.
 
-    `answer` tells how a service answered that was asked in its own protocol: `ok`, `silent`, or what it said instead;
-    `stopped_owner` names the stopped process that holds the port, if it is one of this machine.
+    `answer` tells how a service answered that was asked in its own protocol: `ok`, `silent`, `closed`, or what it said
+    instead; `stopped_owner` names the stopped process that holds the port, if it is one of this machine.
     """
 
     seen_from: str

@@ -202,7 +202,8 @@ def _connect_inside(pid: int, host: str, port: int) -> ReachOutcome:
 
 
 def ask(kind: str, host: str, port: int) -> str:
-    """How a server answers a question in its own protocol: `ok`, `silent`, or the first line of what it said."""
+    """How a server answers a question in its own protocol: `ok`, `silent` where it took the question and said nothing
+    twice, `closed` where it hung up, or the first line of what it said."""
     expected: tuple[bytes, ...]
     if kind == "redis":
         request, expected = b"PING\r\n", (b"+PONG", b"-NOAUTH", b"-ERR")
@@ -210,29 +211,35 @@ def ask(kind: str, host: str, port: int) -> str:
         path = "/version" if kind == "etcd" else "/metadata?key=kvferry-doctor"
         request = f"GET {path} HTTP/1.0\r\nHost: {host}\r\n\r\n".encode()
         expected = (b"HTTP/",)
-    answer = _answer(host, port, request, 512)
+    answer, is_open = _answer(host, port, request, 512)
+    if not answer and is_open:
+        # Once more, with more time: one that is busy is not silent.
+        answer, is_open = _answer(host, port, request, 512, 2 * ANSWER_S)
     if not answer:
-        return "silent"
+        return "silent" if is_open else "closed"
     if not answer.startswith(expected):
         return answer.splitlines()[0][:80].decode(errors="replace")
-    if kind == "etcd" and b"etcd" not in answer and b"etcd" not in _answer(host, port, request, 8192):
+    if kind == "etcd" and b"etcd" not in answer and b"etcd" not in _answer(host, port, request, 8192)[0]:
         return "HTTP, but not as etcd"
     return "ok"
 
 
-def _answer(host: str, port: int, request: bytes, size: int) -> bytes:
-    """What comes back within ANSWER_S, up to its end or `size` bytes; for few bytes one part of it is enough."""
-    body = b""
+def _answer(host: str, port: int, request: bytes, size: int, within_s: float = ANSWER_S) -> tuple[bytes, bool]:
+    """What comes back in time, up to its end or `size` bytes, for few bytes one part of it is enough; and whether the
+    server was still holding the connection when the time was over."""
+    body, late = b"", False
     try:
-        with connect(host, port, CONNECT_S) as s, ended_after(s, ANSWER_S):
+        with connect(host, port, CONNECT_S) as s, ended_after(s, within_s) as over:
+            s.settimeout(None)
             s.sendall(request)
             while len(body) < size and (part := s.recv(4096)):
                 body += part
                 if size <= 512:
                     break
+            late = over.is_set()
     except OSError:
         pass
-    return body
+    return body, late
 
 
 def stopped_owner(host: str, port: int) -> str:

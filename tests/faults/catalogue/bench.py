@@ -136,7 +136,7 @@ class Bench:
         return self.file(name, "\n".join(lines) + "\n")
 
     def server(self, kind: str, *, stopped: bool = False) -> int:
-        """A metadata server of a kind (`etcd`, `redis`, `http`); its port."""
+        """A metadata server of a kind (`etcd`, `redis`, `http`), or one that is `silent`; its port."""
         port = self.port()
         process = subprocess.Popen(
             [sys.executable, "-S", "-c", _SERVER, kind, str(port)], stdout=subprocess.PIPE, text=True
@@ -336,12 +336,16 @@ answers = {
     "etcd": b'HTTP/1.0 200 OK\r\n\r\n{"etcdserver":"3.5.9","etcdcluster":"3.5.0"}',
     "http": b"HTTP/1.0 404 Not Found\r\n\r\nmetadata not found",
 }
+held = []
 s = socket.socket()
 s.bind(("127.0.0.1", port))
 s.listen(8)
 print("ready", flush=True)
 while True:
     c, _ = s.accept()
+    if kind == "silent":
+        held.append(c)
+        continue
     with c, contextlib.suppress(OSError):
         c.settimeout(0.5)
         if c.recv(4096):

@@ -38,6 +38,11 @@ def metadata_server_is_stopped(bench: Bench) -> list[Finding]:
     return run(bench, p, d)
 
 
+@fault("KVF051", "registration never returns")
+def metadata_server_hangs(bench: Bench) -> list[Finding]:
+    return bench.examine(config=_store(bench, metadata_server=f"etcd://127.0.0.1:{bench.server('silent')}"))
+
+
 @fault("KVF052", "no peer is ever found")
 def something_else_answers_for_redis(bench: Bench) -> list[Finding]:
     p, d, _ = old_mooncake(bench, metadata_server=f"redis://127.0.0.1:{bench.server('http')}")

@@ -59,6 +59,10 @@ def directory(case: Case) -> Iterator[Finding]:
             seen = f"{where} {trouble or 'cannot be reached (' + reach.outcome + ')'}"
         elif reach.stopped_owner:
             seen = f"{where} takes connections but does not answer: {reach.stopped_owner} is stopped"
+        elif reach.answer == "silent":
+            seen = f"{where} takes connections and answers nothing: it hangs, or its container is paused"
+        elif reach.answer == "closed":
+            seen = f"{where} should be Redis, but it closes connections without an answer"
         elif reach.answer not in ("", "ok"):
             seen = f"{where} should be Redis, but it answered {reach.answer!r}"
         else:

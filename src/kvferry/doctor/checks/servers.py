@@ -140,7 +140,13 @@ def servers(case: Case) -> Iterator[Finding]:
                 f"{reach.stopped_owner} is stopped",
                 f"continue it (kill -CONT {reach.stopped_owner.rpartition(' ')[2].rstrip(')')}) or start it again",
             )
-        elif reach.answer not in ("", "ok", "silent"):
+        elif reach.answer == "silent":
+            yield found(
+                "KVF051",
+                f"{reach.seen_from}: {what} {where} takes connections, and questions to {kind} are not answered",
+                f"look at what listens there: it hangs, or its container is paused; start it again ({start})",
+            )
+        elif reach.answer not in ("", "ok", "closed"):
             yield found(
                 "KVF052",
                 f"{reach.seen_from}: {what} {where} should be {kind}, but it answered {reach.answer!r}",
