@@ -68,6 +68,9 @@ async def fetch_blocks(
             if done.transport not in SAME_MEMORY:
                 await loop.run_in_executor(None, _verify, parts, places[here], regions, lease.digests[here])
 
+    if step >= len(offsets):
+        await fetch_what_is_left()
+        return transports[-1]
     try:
         # Both have stopped when it is left, whatever ended one of them.
         async with asyncio.TaskGroup() as group:
