@@ -20,7 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 import msgspec
 import numpy as np
 
-from kvferry.errors import LeaseExpired
+from kvferry.errors import KVError, LeaseExpired
 from kvferry.layout import Offsets
 from kvferry.pool.fetching import fetch_blocks
 from kvferry.pool.messages import Leased
@@ -38,7 +38,7 @@ NUM_PIECES = 4
 """A save has two at a time, and so has a load: one that is filled and one that is emptied."""
 
 SETTINGS = CudaSettings(spin_s=0.0, programs_small=32)
-"""Gentler than a handoff's: nobody waits for a save, and a piece is as long on PCIe with few programs."""
+"""Gentler than a handoff's, as nobody waits for a save: PCIe is the limit with few programs, too (not measured yet)."""
 
 NUM_THREADS = 4
 
@@ -66,10 +66,12 @@ class DeviceBlocks:
             NUM_THREADS, thread_name_prefix="kvferry-pool-gpu", initializer=cuda.enter, initargs=(device,)
         )
         self._arenas = PinnedArenas(self._threads)
+        self._is_pinned = False
         try:
             self._is_pinned = self._threads.submit(cuda.pin, staging.address, staging.nbytes).result()
             self._threads.submit(self._copier.warm).result()
-        except BaseException:
+        except KVError:
+            self._threads.submit(self._release).result()
             self._threads.shutdown()
             raise
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import sys
 import time
 from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import Future
@@ -15,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from kvferry.errors import ConfigError, RegistrationError
+from kvferry.errors import ConfigError, RegistrationError, TransportError
 from kvferry.layout import Fingerprint, KVLayout, LayerLayout
 from kvferry.pool import BlockSpace, Pending, PoolAttachment, PoolNode, PoolSettings
 from kvferry.testing.faults import FaultyLink
@@ -301,8 +302,6 @@ async def test_a_lease_that_ends_while_the_gpu_copies_makes_a_miss(gpu: FakeGpu,
 
 
 async def test_a_gpu_that_fails_makes_misses_with_their_cause(gpu: FakeGpu) -> None:
-    from kvferry.errors import TransportError
-
     async with a_node() as node:
         here = Rank(node.address, gpu)
         async with ranks(here):
@@ -359,8 +358,6 @@ async def test_the_memory_of_a_node_that_is_gone_is_let_go_of_at_once(gpu: FakeG
 async def test_a_gpu_that_does_not_take_the_nodes_memory_costs_one_copy_more(
     gpu: FakeGpu, caplog: pytest.LogCaptureFixture
 ) -> None:
-    import sys
-
     runtime: Any = sys.modules["kvferry.transport.cuda_runtime"]
     pin = runtime.pin
 
@@ -381,22 +378,19 @@ async def test_a_gpu_that_does_not_take_the_nodes_memory_costs_one_copy_more(
     assert len(said) == 1
 
 
-def test_staging_memory_that_cannot_be_pinned_is_an_error_at_the_start(gpu: FakeGpu) -> None:
-    import sys
+@pytest.mark.parametrize("call", ["pin", "allocate"])
+def test_a_gpu_that_cannot_copy_is_an_error_at_the_start_and_nothing_stays_pinned(
+    gpu: FakeGpu, call: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise RegistrationError("pretended: no")
 
-    runtime: Any = sys.modules["kvferry.transport.cuda_runtime"]
-
-    def refuse(address: int, nbytes: int, *, read_only: bool = False) -> bool:
-        raise RegistrationError("cannot be pinned")
-
-    runtime.pin = refuse
-    with pytest.raises(RegistrationError, match="cannot be pinned"):
+    monkeypatch.setattr(sys.modules["kvferry.transport.cuda_runtime"], call, refuse)
+    with pytest.raises(RegistrationError, match="pretended"):
         Rank("tcp://127.0.0.1:9", gpu)
 
 
 def test_memory_of_two_kinds_or_without_the_packages_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    import sys
-
     fake = FakeGpu()
     space = BlockSpace.of(FINGERPRINT, MIXED, "tenant-a")
     nbytes = 112 + NUM_LAYERS * NUM_BLOCKS * LAYER_BYTES
