@@ -38,8 +38,8 @@ MAX_FRAME_BYTES = 16 << 20
 MAX_HANDSHAKE_BYTES = 4 << 20
 MAX_CLOCK_SKEW_S = 60.0
 HASHED_FROM_BYTES = 4096
-"""Payloads from here on are authenticated by their SHA-256, which processors compute in hardware: for the 34 KB of a
-thousand block hashes 20 microseconds a side, where BLAKE2b over all of it took 48."""
+"""Payloads from here on are authenticated by their SHA-256, which processors compute in hardware: of a thousand block
+hashes in half the time that BLAKE2b takes for all of it."""
 
 _NDARRAY = 1
 _log = logging.getLogger("kvferry.wire")

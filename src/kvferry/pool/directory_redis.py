@@ -4,6 +4,8 @@
 incarnations that joined; `kvferry:block:SPACE:HASH` is the set of those that reported the block. Members of dead nodes
 are passed over, and removed when a lookup meets them. `kvferry:epochs` holds each space's epoch, the latest of all
 under no name, and the number that the directory was born with.
+
+A lookup is one script that makes the blocks' keys itself, which is for one server and no cluster.
 """
 
 from __future__ import annotations
