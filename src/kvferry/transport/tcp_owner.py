@@ -2,6 +2,7 @@
 
 Each request is checked against the live registrations before any byte leaves or lands. The lease's word is checked
 after the last byte was copied out of the region (into the socket), and the verdict follows in the trailer (R2).
+Good requests for one small block do not come here: `_stream.c` answers them by the same rules (see small_blocks).
 """
 
 from __future__ import annotations
@@ -77,7 +78,7 @@ class StreamServer:
             thread.start()
 
     def admit(self, region: Region) -> None:
-        """A region that peers are told of."""
+        """Small blocks of this region, which peers are told of, are answered in C from now on."""
         self._small_blocks.admit(region)
 
     def withdraw(self, region_id: int) -> None:
