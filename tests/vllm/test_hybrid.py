@@ -25,7 +25,7 @@ def pair(start_pair, tmp_path_factory, _version):
     lying = PATIENT | {"transports": ["corrupting"], "on_loaded": "hooks:zero_on_flag", "lease_ttl_s": 60.0}
     lying["digest"] = "sum"  # what GPUs take; the other modules have xxh3
     environment = {"KVFERRY_TEST_FLAGS": str(flags)}
-    few = ["--num-gpu-blocks-override", "64"]  # so that freed blocks have new owners soon
+    few = ["--num-gpu-blocks-override", "48"]  # so that freed blocks have new owners soon
     pair = start_pair(
         "gemma3", prefill_flags=few, prefill_kv=dict(lying), decode_kv=dict(lying), environment=environment
     )
@@ -83,15 +83,16 @@ def test_a_corrupt_byte_is_recomputed_in_all_layers(pair, all_free_after):
 
 
 def test_what_leaves_the_sources_window_is_there_until_the_target_has_it(pair, all_free_after):
-    """As the source's request ends, vLLM frees the first block of its window and computes other prompts in there."""
-    prompt = prompt_of(639, seed=8_500)  # the next token's window begins one block later
+    """The source decodes until vLLM frees the first block of the prompt's window, and computes others in there."""
+    prompt = prompt_of(5 * BLOCK, seed=8_500)  # what is decoded goes into other blocks
     source, target = pair.tickets(deadline_s=60.0)
-    complete(pair.prefill.url, prompt, 1, kv_transfer_params=source.as_params())
-    for seed in range(8_501, 8_504):
+    prefill = complete(pair.prefill.url, prompt, BLOCK + 8, kv_transfer_params=source.as_params())
+    for seed in range(8_501, 8_506):
         complete(pair.prefill.url, prompt_of(1900, seed=seed), 1)
     decode = complete(pair.decode.url, prompt, NUM_TOKENS, kv_transfer_params=target.as_params())
-    assert decode == complete(pair.prefill.url, prompt, NUM_TOKENS)
-    assert pair.registry.outcome(source.handoff).state == "delivered"
+    assert decode == prefill[:NUM_TOKENS]
+    outcome = pair.registry.outcome(source.handoff)
+    assert outcome.state == "delivered", outcome
 
 
 def test_the_answer_depends_on_what_came_over(pair):
