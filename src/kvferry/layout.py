@@ -18,7 +18,7 @@ import numpy.typing as npt
 from kvferry.errors import CompatibilityError
 
 Offsets = npt.NDArray[np.int64]
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 
 
 class Fingerprint(msgspec.Struct, frozen=True):

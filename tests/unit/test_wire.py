@@ -209,7 +209,7 @@ def test_a_secret_on_one_side_only_is_named(secrets: tuple[bytes | None, bytes |
 
 def test_another_protocol_version_is_refused_with_both_values() -> None:
     client, server = _pair(version=99)
-    with pytest.raises(CompatibilityError, match="version here 99, there 1"):
+    with pytest.raises(CompatibilityError, match="version here 99, there 2"):
         _introduce(client, server)
 
 

@@ -57,7 +57,7 @@ def test_another_protocol_version_is_refused_by_the_handshake(live: Live) -> Non
     assert answer.tokens == live.reference(prompt)
     assert (answer.state, answer.cause) == ("recomputed", "compatibility_error"), answer
     (record,) = [record for record in live.recent() if record.prefill == "prefill-version"]
-    assert "kvferry protocol version here 99, there 1" in (record.detail or "")
+    assert "kvferry protocol version here 99, there 2" in (record.detail or "")
 
 
 def test_nothing_that_does_not_fit_is_ever_paired(live: Live) -> None:

@@ -427,7 +427,7 @@ def test_a_restarted_source_is_another_one(pair: tuple[Instance, Instance]) -> N
         ("model", "other", "model: here 'other', there 'm'"),
         ("dtype", "bfloat16", "dtype: here 'bfloat16', there 'float32'"),
         ("block_size", 32, "block_size: here 32, there 16"),
-        ("protocol_version", 9, "protocol_version: here 9, there 1"),
+        ("protocol_version", 9, "protocol_version: here 9, there 2"),
     ],
 )
 def test_sides_that_differ_are_refused_with_both_values(field: str, value: Any, seen: str) -> None:
