@@ -277,7 +277,10 @@ def main() -> int:
     ask.add_argument("--pairs", default="kvferry,nixl", type=lambda s: s.split(","))
     ask.add_argument("--repeats", type=int, default=5)
     ask.add_argument(
-        "--layers", type=int, default=0, help="kvferry: publish so many layers at a time (0: whole chunks)"
+        "--layers",
+        type=int,
+        default=0,
+        help="kvferry: publish so many layers at a time (0: as it chooses; 36: whole chunks)",
     )
     ask.add_argument("--trace", action="store_true", help="kvferry: each instance writes its moments beside OUT")
     ask.add_argument("--utilization", type=float, default=0.18, help="of GPU memory, for each instance")
