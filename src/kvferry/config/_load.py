@@ -199,6 +199,8 @@ def _plain(text: str) -> str:
 
 def _accepted(setting: Setting) -> str:
     units = {"B": " (a size such as 64MiB)", "s": " (a time such as 250ms or 2s)"}
+    if setting.choices:
+        return f"; use one of {', '.join(setting.choices)}"
     return units[setting.unit] if setting.unit else ""
 
 

@@ -131,6 +131,7 @@ def test_bad_values_name_the_variable(variable: str, value: str, parts: list[str
 def test_bad_values_in_the_file_name_the_key():
     refused("kvferry.toml: router.port", "bool", toml_text="[router]\nport = true\n")
     refused("kvferry.toml: transfer.transports", toml_text="[transfer]\ntransports = [1]\n")
+    refused("kvferry.toml: handoff.digest", "use one of none, sum, xxh3", toml_text="[handoff]\ndigest = true\n")
     refused("kvferry.toml: router.ttl_s", "250ms", toml_text="[router]\nttl_s = -1\n")
     refused("kvferry.toml: router.ttl_s", toml_text="[router]\nttl_s = nan\n")
     refused("flag --port", "'x'", flags={"router.port": FlagValue("--port", "x")})
