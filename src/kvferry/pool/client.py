@@ -169,7 +169,12 @@ class PoolClient:
     async def exists(self, hashes: Sequence[bytes]) -> list[Tier | None]:
         """For each block the fastest tier that holds it; all None where the node can't be asked."""
         try:
-            return (await self._ask(Exists(next(self._ids), self.space, list(hashes)), Tiers)).tiers
+            tiers = (await self._ask(Exists(next(self._ids), self.space, list(hashes)), Tiers)).tiers
+            if len(tiers) != len(hashes):
+                raise PoolError(
+                    f"the node at {self.address} told of {len(tiers)} blocks where {len(hashes)} were asked for"
+                )
+            return tiers
         except KVError as error:
             self._count(error)
             return [None] * len(hashes)
@@ -199,6 +204,7 @@ class PoolClient:
             peer = await self._connect(until_s)
             request = GetBlocks(lease_id, self.space, list(hashes), block_bytes(parts), prefix)
             lease = await self._ask_peer(peer, request, Leased, until_s)
+            _require_fitting(lease, len(hashes), block_bytes(parts), peer)
             if not any(lease.found):
                 return GetResult(missed)
             picked = targets[np.asarray(lease.found)]
@@ -415,3 +421,24 @@ class PoolClient:
         if error.cause != self._last_cause and not isinstance(error, _LeftAlone):
             self._last_cause = error.cause
             _log.warning("the pool did not serve; misses", node=self.address, cause=error.cause, error=str(error))
+
+
+def _require_fitting(lease: Leased, num_hashes: int, nbytes: int, peer: Peer) -> None:
+    """Whether a lease is for what was asked, and lies in the arena: else blocks that were never copied would count as
+    found, and a GPU that copies out of the arena by itself would read beside it.
+
+    Raises: PoolError.
+    """
+    arena, num_found = peer.regions.get(lease.arena), sum(lease.found)
+    if not len(lease.found) == num_hashes or not len(lease.offsets) == len(lease.digests) == num_found:
+        raise PoolError(
+            f"the node answered for {len(lease.found)} of {num_hashes} blocks, with {len(lease.offsets)} places and "
+            f"{len(lease.digests)} digests for {num_found} that it has",
+            peer=peer.name,
+        )
+    if arena is not None and num_found and not 0 <= min(lease.offsets) <= max(lease.offsets) <= arena.nbytes - nbytes:
+        raise PoolError(
+            f"the node leased blocks of {nbytes} bytes at {min(lease.offsets)} to {max(lease.offsets)} in an arena of "
+            f"{arena.nbytes} bytes",
+            peer=peer.name,
+        )
