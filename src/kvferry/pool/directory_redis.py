@@ -154,16 +154,16 @@ class RedisDirectory(Directory):
             for node in joined:
                 if node not in addresses:
                     await self._forget(node, [NODES])
-        return {Incarnation(int(node, 16)): address for node, address in addresses.items()}
+            return {Incarnation(int(node, 16)): address for node, address in addresses.items()}
 
     async def epochs(self) -> KnownEpochs:
         async with self._asked(), self._redis.pipeline() as pipeline:
             pipeline.hsetnx(EPOCHS, BORN, new_epoch())
             pipeline.hgetall(EPOCHS)
             found: dict[bytes, bytes] = (await pipeline.execute())[1]
-        latest, born = Epoch(int(found.pop(b"", FIRST))), Epoch(int(found.pop(BORN)))
-        spaces = {msgspec.msgpack.decode(space, type=BlockSpace): Epoch(int(e)) for space, e in found.items()}
-        return KnownEpochs(latest, spaces, born)
+            latest, born = Epoch(int(found.pop(b"", FIRST))), Epoch(int(found.pop(BORN)))
+            spaces = {msgspec.msgpack.decode(space, type=BlockSpace): Epoch(int(e)) for space, e in found.items()}
+            return KnownEpochs(latest, spaces, born)
 
     async def change_epoch(self, space: BlockSpace, old: Epoch, new: Epoch) -> bool:
         async with self._asked():
@@ -194,6 +194,12 @@ class RedisDirectory(Directory):
         try:
             async with asyncio.timeout(self._timeout_s):
                 yield
+        except (ValueError, msgspec.MsgspecError) as error:
+            why = f"{type(error).__name__}: {error}"
+            raise TransportError(
+                f"the directory {self._url} holds what kvferry did not write ({why}): look at its keys kvferry:*",
+                peer=self._url,
+            ) from error
         except (RedisError, OSError, TimeoutError) as error:
             why = str(error) or f"nothing came within {self._timeout_s:g} s"
             raise TransportError(f"the directory {self._url} did not answer: {why}", peer=self._url) from error

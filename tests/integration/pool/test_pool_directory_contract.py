@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from kvferry.errors import TransportError
 from kvferry.pool import BlockSpace
 from kvferry.pool.directory import Directory
 from kvferry.pool.epochs import FIRST, Epoch, new_epoch
@@ -131,3 +132,25 @@ async def test_a_call_that_is_cancelled_ends_wherever_it_is(directories: Views) 
         asking.cancel()
         _, left = await asyncio.wait({asking}, timeout=10.0)
         assert not left, f"cancelled after {steps} steps of the loop, and it goes on"
+
+
+@pytest.mark.redis
+async def test_what_others_wrote_into_redis_is_an_error_of_the_directory(tmp_path: Path) -> None:
+    from kvferry.pool.directory_redis import RedisDirectory
+
+    with redis_server(tmp_path) as server:
+        directory = RedisDirectory(server.url)
+        await directory.epochs()
+        await directory.join(A, "here", 60.0)
+        await directory._redis.hset("kvferry:epochs", b"no space", "7")
+        with pytest.raises(TransportError, match="did not write"):
+            await directory.epochs()
+        await directory._redis.sadd("kvferry:nodes", "no number")
+        await directory._redis.set("kvferry:node:no number", "there")
+        with pytest.raises(TransportError, match="did not write"):
+            await directory.nodes()
+        await directory._redis.hdel("kvferry:epochs", b"no space")
+        await directory._redis.srem("kvferry:nodes", "no number")
+        assert (await directory.epochs()).spaces == {}
+        assert await directory.nodes() == {A: "here"}
+        await directory.close()
