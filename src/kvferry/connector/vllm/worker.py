@@ -2,7 +2,8 @@
 
 It lives in each worker process, next to this rank's KV memory. The order of vLLM's calls in one step, all on the
 model runner's thread: `begin_step` before the forward may overwrite anything; `start_pulls` before or after it;
-`layer_done` in it; `publish` after its launch; `finished`, `take_failed_blocks`, `take_reports` at the end.
+`layer_done` in it, which publishes; `publish` after its launch, for what no layer told of; `finished`,
+`take_failed_blocks`, `take_reports` at the end.
 """
 
 from __future__ import annotations
@@ -128,6 +129,7 @@ class WorkerHalf:
         self._reports: list[RankReport] = []
         self._begun: StepPlan | None = None
         self._layers_published = 0
+        self._layers_told = 0
         self._layers_a_publish = num_layers
         self._launched_s = 0.0
         # Held while a publication checks its generation and acts on it, so that a revoke is never overtaken by one.
@@ -143,7 +145,7 @@ class WorkerHalf:
         if plan is self._begun:
             return
         self._begun = plan
-        self._layers_published = 0
+        self._layers_published = self._layers_told = 0
         self._launched_s = time.monotonic()
         if plan.publishes:
             self._choose_pace(plan)
@@ -174,18 +176,23 @@ class WorkerHalf:
             self._start_pull(pull)
 
     def layer_done(self, plan: StepPlan, number: int) -> None:
-        """The forward has enqueued the first `number` layers: publish those that are not yet, if it is time."""
+        """The forward has enqueued the attention of the first `number` layers: publish those that are not yet, if it is
+        time; the last ones as soon as all are told, for what follows (a layer's MLP, sampling) writes no KV."""
         self.begin_step(plan)
+        if not plan.publishes:
+            return
+        self._layers_told += 1
         layers = range(self._layers_published, number)
-        # The last layers go with the seal, in `publish`.
-        if plan.publishes and len(layers) >= self._layers_a_publish and number < len(self._layers):
+        if self._layers_told == len(self._layers) and self._num_groups == 1:
+            self.publish(plan)
+        elif len(layers) >= self._layers_a_publish and number < len(self._layers):
             self._layers_published = number
             self._publish(plan, layers)
 
     def publish(self, plan: StepPlan) -> None:
         """The whole forward is enqueued: publish the layers that are left, and seal what became whole."""
         self.begin_step(plan)
-        if plan.publishes:
+        if plan.publishes and self._layers_published < len(self._layers):
             self._publish(plan, self._layers[self._layers_published :])
             self._layers_published = len(self._layers)
 
