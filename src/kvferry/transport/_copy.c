@@ -1,4 +1,4 @@
-/* Gather and scatter of many blocks in one call, without the GIL; one small block with its checks.
+/* Gather and scatter of many blocks in one call, without the GIL; one small block with its checks; offsets looked through.
  *
  * Why C: a copy call for each block through ctypes gives the GIL up and takes it back for each block, and waits up to
  * 5 ms for it whenever another thread computes. And libc's memcpy reads each target line before it overwrites it,
@@ -9,6 +9,7 @@
 #include <Python.h>
 #include <poll.h>
 #include <stdint.h>
+#include <stdlib.h>
 #include <string.h>
 
 #if defined(__x86_64__) && defined(__GNUC__)
@@ -152,12 +153,169 @@ static PyObject *copy_checked(PyObject *module, PyObject *const *args, Py_ssize_
     return PyLong_FromLong(word_stands ? 0 : 3);
 }
 
+/* Offsets as check_blocks must know them. Four at a time: vectors of 32 bytes, which the compiler makes of smaller ones
+ * where the machine has none. */
+typedef int64_t four __attribute__((vector_size(32)));
+typedef uint64_t four_unsigned __attribute__((vector_size(32)));
+
+struct extent {
+    int64_t low, high;
+    uint64_t differing; /* the bits in which any offset differs from the first */
+    int rising;         /* each at least `nbytes` behind the one before */
+};
+
+#define PICK(MASK, A, B) (((A) & (MASK)) | ((B) & ~(MASK)))
+#define DEFINE_EXTENT(NAME, TARGET)                                                                            \
+    TARGET static void NAME(const int64_t *offsets, size_t count, int64_t nbytes, struct extent *found) {      \
+        const int64_t first = offsets[0];                                                                      \
+        int64_t low = first, high = first;                                                                     \
+        uint64_t differing = 0, short_steps = 0;                                                               \
+        size_t i = 1;                                                                                          \
+        if (count > 8) {                                                                                       \
+            four lows = {first, first, first, first}, highs = lows, firsts = lows, bits = {0}, close = {0};    \
+            const four steps = {nbytes, nbytes, nbytes, nbytes};                                               \
+            for (; i + 4 <= count; i += 4) {                                                                   \
+                four here, before;                                                                             \
+                memcpy(&here, offsets + i, sizeof here);                                                       \
+                memcpy(&before, offsets + i - 1, sizeof before);                                               \
+                four lower = here < lows, higher = here > highs;                                               \
+                lows = PICK(lower, here, lows);                                                                \
+                highs = PICK(higher, here, highs);                                                             \
+                bits |= here ^ firsts;                                                                         \
+                close |= (four)((four_unsigned)here - (four_unsigned)before) < steps;                          \
+            }                                                                                                  \
+            for (int k = 0; k < 4; k++) {                                                                      \
+                if (lows[k] < low) low = lows[k];                                                              \
+                if (highs[k] > high) high = highs[k];                                                          \
+                differing |= (uint64_t)bits[k];                                                                \
+                short_steps |= (uint64_t)close[k];                                                             \
+            }                                                                                                  \
+        }                                                                                                      \
+        for (; i < count; i++) {                                                                               \
+            const int64_t here = offsets[i];                                                                   \
+            if (here < low) low = here;                                                                        \
+            if (here > high) high = here;                                                                      \
+            differing |= (uint64_t)here ^ (uint64_t)first;                                                     \
+            short_steps |= (int64_t)((uint64_t)here - (uint64_t)offsets[i - 1]) < nbytes;                      \
+        }                                                                                                      \
+        *found = (struct extent){low, high, differing, !short_steps};                                          \
+    }
+
+DEFINE_EXTENT(extent_anywhere, )
+#ifdef HAVE_STREAM
+DEFINE_EXTENT(extent_avx2, AVX2)
+#endif
+
+#define FEW 64
+#define PLACES_PER_OFFSET 16
+#define KEEPS_GIL_UP_TO 4096
+
+static int few_are_apart(const int64_t *offsets, size_t count, uint64_t nbytes) {
+    int64_t sorted[FEW];
+    for (size_t i = 0; i < count; i++) {
+        size_t at = i;
+        for (; at > 0 && sorted[at - 1] > offsets[i]; at--) sorted[at] = sorted[at - 1];
+        sorted[at] = offsets[i];
+    }
+    for (size_t i = 1; i < count; i++)
+        if ((uint64_t)sorted[i] - (uint64_t)sorted[i - 1] < nbytes) return 0;
+    return 1;
+}
+
+/* Whether each place on the grid is taken once. Another thread may be writing to the offsets: hence the look at `span`. */
+static int once_each_shifted(const int64_t *offsets, size_t count, uint64_t low, uint64_t span, int shift, char *taken) {
+    char twice = 0;
+    for (size_t i = 0; i < count; i++) {
+        const uint64_t beside = (uint64_t)offsets[i] - low;
+        if (beside > span) return 0;
+        twice |= taken[beside >> shift];
+        taken[beside >> shift] = 1;
+    }
+    return !twice;
+}
+
+static int once_each(const int64_t *offsets, size_t count, uint64_t low, uint64_t span, uint64_t nbytes, char *taken) {
+    char twice = 0;
+    /* Quicker than a division, and exact where the offset is on the grid: places are far fewer than 2^52. */
+    const double of_nbytes = 1.0 / (double)nbytes;
+    for (size_t i = 0; i < count; i++) {
+        const uint64_t beside = (uint64_t)offsets[i] - low;
+        if (beside > span) return 0;
+        const uint64_t place = (uint64_t)(int64_t)((double)(int64_t)beside * of_nbytes + 0.5);
+        if (place * nbytes != beside) return 0;
+        twice |= taken[place];
+        taken[place] = 1;
+    }
+    return !twice;
+}
+
+/* Blocks of a paged cache lie on a grid: then two overlap only if they have the same place on it. 0 also where only
+ * sorting could tell: off the grid, or with too many places for so few blocks. */
+static int apart_on_grid(const int64_t *offsets, size_t count, uint64_t nbytes, const struct extent *found) {
+    const uint64_t low = (uint64_t)found->low, span = (uint64_t)found->high - low;
+    const int is_power = !(nbytes & (nbytes - 1));
+    if (span / nbytes >= PLACES_PER_OFFSET * (uint64_t)count || (is_power && found->differing & (nbytes - 1))) return 0;
+    char *taken = calloc((size_t)(span / nbytes) + 1, 1);
+    if (!taken) return 0;
+    const int apart = is_power ? once_each_shifted(offsets, count, low, span, __builtin_ctzll(nbytes), taken)
+                               : once_each(offsets, count, low, span, nbytes, taken);
+    free(taken);
+    return apart;
+}
+
+static int is_apart(const int64_t *offsets, size_t count, int64_t nbytes, const struct extent *found) {
+    /* What is negative lies in no region; without it, no difference is more than 63 bits hold. */
+    if (nbytes < 1 || found->low < 0) return 0;
+    if (found->rising) return 1;
+    return count <= FEW ? few_are_apart(offsets, count, (uint64_t)nbytes)
+                        : apart_on_grid(offsets, count, (uint64_t)nbytes, found);
+}
+
+static PyObject *look_through(PyObject *module, PyObject *const *args, Py_ssize_t nargs) {
+    (void)module;
+    if (nargs != 2) {
+        PyErr_SetString(PyExc_TypeError, "look_through takes an array and a number");
+        return NULL;
+    }
+    int overflow;
+    long long nbytes = PyLong_AsLongLongAndOverflow(args[1], &overflow);
+    if (nbytes == -1 && PyErr_Occurred()) return NULL;
+    if (overflow) nbytes = 0;
+    Py_buffer buffer;
+    if (PyObject_GetBuffer(args[0], &buffer, PyBUF_FORMAT | PyBUF_C_CONTIGUOUS)) {
+        PyErr_Clear();
+        Py_RETURN_NONE;
+    }
+    const char *format = buffer.format ? buffer.format : "";
+    const int is_int64 = buffer.itemsize == 8 && (format[0] == 'l' || format[0] == 'q') && !format[1];
+    if (!is_int64 || buffer.ndim != 1 || buffer.len == 0) {
+        PyBuffer_Release(&buffer);
+        Py_RETURN_NONE;
+    }
+    const int64_t *offsets = buffer.buf;
+    const size_t count = (size_t)buffer.len / 8;
+    struct extent found;
+    PyThreadState *state = count > KEEPS_GIL_UP_TO ? PyEval_SaveThread() : NULL;
+#ifdef HAVE_STREAM
+    if (__builtin_cpu_supports("avx2")) extent_avx2(offsets, count, nbytes, &found);
+    else
+#endif
+        extent_anywhere(offsets, count, nbytes, &found);
+    const int apart = is_apart(offsets, count, nbytes, &found);
+    if (state) PyEval_RestoreThread(state);
+    PyBuffer_Release(&buffer);
+    return Py_BuildValue("LLO", (long long)found.low, (long long)found.high, apart ? Py_True : Py_False);
+}
+
 static PyMethodDef methods[] = {
     {"copy_blocks", (PyCFunction)(void (*)(void))copy_blocks, METH_FASTCALL,
      "copy_blocks(target, source, target_offsets, source_offsets, count, nbytes, streaming): addresses as integers"},
     {"copy_checked", (PyCFunction)(void (*)(void))copy_checked, METH_FASTCALL,
      "copy_checked(target, source, nbytes, pidfd, slot, nonce, [word_slot, word_nonce, word_address, word]) -> int: 0 if "
      "all stands; 1: a slot holds another nonce; 2: the process is dead; 3: the word is another one"},
+    {"look_through", (PyCFunction)(void (*)(void))look_through, METH_FASTCALL,
+     "look_through(offsets, nbytes) -> (low, high, whether blocks of nbytes are surely apart), or None if the offsets are "
+     "no int64 array [n] in one piece, n > 0"},
     {"load_word", load_word, METH_O, "load_word(address) -> int: 8 bytes, atomically, after everything loaded before"},
     {"store_word", (PyCFunction)(void (*)(void))store_word, METH_FASTCALL,
      "store_word(address, word): 8 bytes, atomically, visible before anything stored later"},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -10,8 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvferry.errors import RegistrationError
+from kvferry.transport import blocks as room
 from kvferry.transport.base import BlockList, Region, RemoteRegion
-from kvferry.transport.blocks import check_blocks
+from kvferry.transport.blocks import check_blocks, look_through, look_without_c
 
 
 def blocks(source: Any, target: Any, nbytes: int, *, source_bytes: int = 1000, target_bytes: int = 1000) -> BlockList:
@@ -127,3 +129,114 @@ def test_layers_in_one_region_are_apart_together() -> None:
     layers[9] = layers[9]._replace(target_offsets=layers[9].target_offsets - 64)
     with pytest.raises(RegistrationError, match="overlap at offset 512 "):
         check_blocks(layers)
+
+
+EXTREMES = [-(1 << 63), -(1 << 63) + 1, -1, 0, 1, (1 << 62), (1 << 63) - 2, (1 << 63) - 1]
+SIZES = [1, 2, 3, 48, 64, 4096, 3 << 20, 1 << 40, 1 << 62, (1 << 63) - 1]
+
+
+def laid_out(seed: int) -> tuple[Any, int]:
+    """Offsets as they come, and as they should not: int64 [1 to 5000], and a block size."""
+    random = np.random.default_rng(seed)
+    count = int(random.choice([1, 2, 9, 33, 64, 65, 66, 200, 5000]))
+    nbytes = int(random.choice(SIZES))
+    spread = int(random.choice([1, 2, 15, 16, 17, 1000]))
+    most = min(count * spread, ((1 << 63) - 1) // nbytes)
+    places = random.choice(most, count, replace=False) if most >= count else random.integers(0, most, count)
+    order = random.integers(0, 3)
+    places = np.sort(places)[::-1] if order == 0 else np.sort(places) if order == 1 else places
+    offsets = places.astype(np.int64) * nbytes
+    room_left = (1 << 63) - 1 - int(offsets.max())
+    offsets = offsets + int(random.choice([0, min(16, room_left), room_left]))
+    for change in random.choice(["none", "none", "twice", "beside", "extreme", "negative"], 2):
+        at = int(random.integers(count))
+        if change == "twice":
+            offsets[at] = offsets[int(random.integers(count))]
+        elif change == "beside":
+            offsets[at] -= int(random.integers(1, min(nbytes, 5) + 1)) if offsets[at] > 5 else 0
+        elif change == "extreme":
+            offsets[at] = int(random.choice(EXTREMES))
+        elif change == "negative":
+            offsets = offsets - int(random.integers(1, 1 << 40))
+    return np.ascontiguousarray(offsets), nbytes
+
+
+def are_apart(offsets: Any, nbytes: int) -> bool:
+    ordered = sorted(offsets.tolist())
+    return all(b - a >= nbytes for a, b in itertools.pairwise(ordered))
+
+
+@pytest.mark.skipif(room.in_c is None, reason="built without a C compiler")
+@given(st.integers(0, 1 << 32))
+def test_a_look_in_c_sees_what_one_in_python_sees(seed: int) -> None:
+    offsets, nbytes = laid_out(seed)
+    low, high, apart = look_through(offsets, nbytes)
+    assert (low, high) == (offsets.min(), offsets.max())
+    assert look_through(offsets, 0) == (low, high, False)
+    if low < 0:
+        assert not apart
+        return
+    *_, told = look_without_c(offsets, nbytes)
+    # What numpy is sure of C is sure of too; neither ever says of blocks that overlap that they are apart.
+    assert told <= apart <= are_apart(offsets, nbytes)
+
+
+@pytest.mark.skipif(room.in_c is None, reason="built without a C compiler")
+@given(st.integers(0, 1 << 32))
+def test_with_and_without_c_the_same_lists_pass_and_the_same_errors_are_raised(seed: int) -> None:
+    offsets, nbytes = laid_out(seed)
+    other, size = laid_out(seed + 1)
+    region_bytes = int(np.random.default_rng(seed).choice([int(offsets.max()) + nbytes, 1 << 20, 1 << 62]))
+    parts = [blocks(offsets, offsets, nbytes, source_bytes=1 << 64, target_bytes=region_bytes)]
+    if seed % 2:
+        parts.append(blocks(other, other, size, source_bytes=1 << 64, target_bytes=region_bytes))
+
+    def told() -> str | None:
+        try:
+            check_blocks(parts)
+        except RegistrationError as error:
+            return str(error)
+        return None
+
+    with_c = told()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(room, "in_c", None)
+        assert told() == with_c
+    if len(parts) == 1:
+        fits = offsets.min() >= 0 and int(offsets.max()) + nbytes <= region_bytes and are_apart(offsets, nbytes)
+        assert (with_c is None) == fits
+
+
+@pytest.mark.skipif(room.in_c is None, reason="built without a C compiler")
+@pytest.mark.parametrize("nbytes", [64, 48])
+def test_random_places_on_a_grid_are_told_apart_without_sorting(nbytes: int) -> None:
+    offsets = np.random.default_rng(7).permutation(20_000) * nbytes + 5
+    assert look_through(offsets, nbytes) == (5, 5 + 19_999 * nbytes, True)
+    offsets[[100, 19_000]] = offsets[200]
+    assert look_through(offsets, nbytes)[2] is False
+
+
+def test_offsets_at_an_odd_address_and_read_only_ones_are_looked_through() -> None:
+    packed = b"-" + np.array([64, 0, 128], dtype=np.int64).tobytes()
+    odd = np.frombuffer(memoryview(packed)[1:], dtype=np.int64)
+    assert len(check_blocks([blocks([0, 0, 0], [0, 64, 128], 64)._replace(target_offsets=odd)])) == 1
+    with pytest.raises(RegistrationError, match="overlap at offset 0 "):
+        check_blocks([blocks([0, 0, 0], [0, 64, 128], 65)._replace(target_offsets=odd)])
+
+
+@pytest.mark.skipif(room.in_c is None, reason="built without a C compiler")
+@pytest.mark.parametrize(
+    "given_offsets",
+    [
+        np.zeros(0, dtype=np.int64),
+        np.zeros(3),
+        np.zeros(3, dtype=np.uint64),
+        np.zeros(3, dtype=">i8"),
+        np.zeros((2, 2), dtype=np.int64),
+        np.zeros(6, dtype=np.int64)[::2],
+        [0, 1],
+        b"12345678",
+    ],
+)
+def test_c_takes_nothing_but_whole_int64_arrays(given_offsets: Any) -> None:
+    assert room.in_c(given_offsets, 8) is None
