@@ -21,12 +21,13 @@ def by_system(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
 
 
 def main(arguments: list[str]) -> int:
-    systems = by_system(json.loads(Path(arguments[0]).read_text())["rows"])
-    figure, (goodput, ttft, itl) = plt.subplots(1, 3, figsize=(14, 4.4))
+    run = json.loads(Path(arguments[0]).read_text())
+    systems = by_system([row for row in run["rows"] if "error" not in row])
+    figure, (goodput, ttft, itl, tpot) = plt.subplots(1, 4, figsize=(18, 4.4))
     for number, (system, rows) in enumerate(systems.items()):
         rates, color = [row["rate"] for row in rows], f"C{number}"
         goodput.plot(rates, [row["goodput_per_s"] for row in rows], marker="o", color=color, label=system)
-        for axes, field in ((ttft, "ttft_ms"), (itl, "itl_ms")):
+        for axes, field in ((ttft, "ttft_ms"), (itl, "itl_ms"), (tpot, "tpot_ms")):
             for percent, style in (("p50", "-"), ("p99", "--")):
                 values = [row[field][percent] if row[field] else None for row in rows]
                 axes.plot(rates, values, style, marker="o", color=color, label=f"{system}, {percent}")
@@ -35,10 +36,13 @@ def main(arguments: list[str]) -> int:
     goodput.set_ylabel("good requests a second")
     ttft.set_title("Time to first token")
     itl.set_title("Time between tokens")
-    for axes in (ttft, itl):
+    tpot.set_title("Mean time between an answer's tokens")
+    ttft.axhline(1000 * load["ttft_limit_s"], color="black", linestyle=":", linewidth=1)
+    tpot.axhline(1000 * load["tpot_limit_s"], color="black", linestyle=":", linewidth=1)
+    for axes in (ttft, itl, tpot):
         axes.set_yscale("log")
         axes.set_ylabel("ms")
-    for axes in (goodput, ttft, itl):
+    for axes in (goodput, ttft, itl, tpot):
         axes.set_xlabel("requests a second")
         axes.set_ylim(bottom=0 if axes is goodput else None)
         axes.grid(alpha=0.3)

@@ -1,6 +1,6 @@
-"""Where a handoff's milliseconds go, from the traces of vllm_pd.py --trace. Prints a JSON list of rows.
+"""Where a handoff's milliseconds go, from the traces of vllm_pd.py --trace, whose report it is a part of.
 
-    python bench/gpu/vllm_timeline.py trace-P.txt trace-D.txt 1000,8000,30000
+    python bench/gpu/vllm_timeline.py trace-P.txt trace-D.txt 1000,8000,30000 [REPEATS]
 
 Requests came one after the other, an equal number for each prompt length and the first of each a warm-up.
 """
@@ -47,10 +47,15 @@ def rows(source: list[Moments], target: list[Moments], prompts: list[int], repea
     return found
 
 
+def timeline(source: Path, target: Path, prompts: list[int], repeats: int) -> list[dict[str, object]]:
+    """Rows out of the two files."""
+    return rows(read(source), read(target), prompts, repeats)
+
+
 def main(arguments: list[str]) -> int:
-    source, target = (read(Path(path)) for path in arguments[:2])
     prompts = [int(n) for n in arguments[2].split(",")]
-    print(json.dumps(rows(source, target, prompts, repeats=5), indent=1))
+    repeats = int(arguments[3]) if len(arguments) > 3 else 5
+    print(json.dumps(timeline(Path(arguments[0]), Path(arguments[1]), prompts, repeats), indent=1))
     return 0
 
 
