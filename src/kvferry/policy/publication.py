@@ -3,8 +3,10 @@ computed. Pure.
 
 With a chunk computed in C seconds and carried over the link in L, k publications of equal size end max(C, L) +
 min(C, L) / k seconds after the chunk began, whichever is the longer: the shorter one hides behind the longer but for
-its first or last piece. Each publication costs p seconds, so that k = sqrt(min(C, L) / p) is best. Where more of the
-prompt follows and the link is the faster side, nothing is to be won: the chunk travels while the next one is computed.
+its first or last piece. Each publication costs p seconds, so that k = sqrt(min(C, L) / p) is best. Where that is one,
+two unequal pieces may still pay: only so many last layers are left for the end as are computed while the others
+travel. Where more of the prompt follows and the link is the faster side, nothing is to be won: the chunk travels while
+the next one is computed.
 """
 
 from __future__ import annotations
@@ -66,7 +68,8 @@ def layers_a_publish(
     is_last: bool,
     publish_s: float = PUBLISH_S,
 ) -> int:
-    """How many layers of a chunk to publish at a time, 1 to `num_layers`; `num_layers` is all at once.
+    """How many layers of a chunk to publish at a time, 1 to `num_layers`; `num_layers` is all at once. What is left at
+    the end is a publication of its own.
 
     Args:
         layer_bytes: what one layer of this chunk puts on the link.
@@ -75,10 +78,18 @@ def layers_a_publish(
         is_last: the prompt is whole after this chunk, so that the target waits for what of it is under way.
     """
     transfer_s = None if link is None else link.seconds_for(layer_bytes * num_layers)
-    if transfer_s is None or tokens_a_s is None:
+    if link is None or transfer_s is None or tokens_a_s is None:
         return num_layers
     compute_s = num_tokens / tokens_a_s
     if not is_last and transfer_s <= compute_s:
         return num_layers
     pieces = math.floor(math.sqrt(min(compute_s, transfer_s) / publish_s))
-    return math.ceil(num_layers / max(1, min(pieces, num_layers)))
+    if pieces > 1:
+        return math.ceil(num_layers / min(pieces, num_layers))
+    return num_layers - _layers_left(num_layers, compute_s, transfer_s, link, publish_s) if is_last else num_layers
+
+
+def _layers_left(num_layers: int, compute_s: float, transfer_s: float, link: Link, publish_s: float) -> int:
+    """How many last layers to publish by themselves; 0 where that saves less than it costs."""
+    left = math.ceil((link.latency_s + transfer_s) * num_layers / compute_s)
+    return left if transfer_s * (1 - left / num_layers) > publish_s else 0

@@ -85,6 +85,18 @@ def test_a_chunk_that_travels_while_the_next_is_computed_is_not_cut() -> None:
     assert choose(8_000, 1e9, is_last=False) < LAYERS
 
 
+def test_a_pull_too_short_to_be_cut_evenly_leaves_the_layers_that_hide_the_others_travel_for_the_end() -> None:
+    # 8,000 tokens: 3.4 ms on the link, 7.4 ms a layer; 1,000: 0.42 ms, which is less than a publication costs.
+    assert choose(8_000, 350e9) == LAYERS - 1
+    assert choose(8_000, 350e9, tokens_a_s=120_000) == LAYERS - 2
+    assert choose(1_000, 350e9) == LAYERS
+    assert choose(8_000, 350e9, is_last=False) == LAYERS
+    assert ends_after_s(LAYERS - 1, 8_000, 350e9) < ends_after_s(LAYERS, 8_000, 350e9) - 2e-3
+    given = {"num_layers": LAYERS, "layer_bytes": 1 << 20, "num_tokens": 100, "is_last": True}
+    # What a small pull takes besides its bytes hides behind the last layers too.
+    assert layers_a_publish(**given, tokens_a_s=1000.0, link=Link((36 << 20) / 13e-3, 10e-3, 1 << 40)) == LAYERS - 5  # type: ignore[arg-type]
+
+
 def test_nothing_seen_yet_is_all_at_once() -> None:
     given = {"num_layers": 4, "layer_bytes": 1 << 30, "num_tokens": 8000, "is_last": True}
     assert layers_a_publish(**given, tokens_a_s=None, link=Link(1e9, 0, 1 << 40)) == 4  # type: ignore[arg-type]
