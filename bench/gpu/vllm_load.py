@@ -23,13 +23,13 @@ from collections.abc import Iterator
 from typing import Any
 
 import msgspec
-from vllm_instances import Server, Site, add_common, dummy_model, start, stop, tiny_models, wait_for
+from vllm_instances import Server, Site, add_common, die_with_parent, dummy_model, start, stop, tiny_models, wait_for
 from vllm_report import Report
 
 from kvferry.cluster.arrivals import Load
 from kvferry.cluster.load import run_load
 
-START_LIMIT_S = 180
+START_LIMIT_S = 150
 KV_BYTES = 40_000_000_000
 GRAPHS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128)
 
@@ -45,7 +45,7 @@ def prefill_and_decode(options: argparse.Namespace, site: Site) -> Iterator[list
     began_s = time.monotonic()
     with log.open("w") as out:
         environ = site.environ() if site.cpu else site.environ(CUDA_VISIBLE_DEVICES="0,1")
-        up = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=environ)
+        up = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=environ, preexec_fn=die_with_parent)
     try:
 
         def told() -> str | None:

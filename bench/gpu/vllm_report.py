@@ -18,6 +18,10 @@ from typing import Any
 ROOT = Path(__file__).parents[2]
 
 
+class SectionOver(Exception):
+    """A section took longer than it may."""
+
+
 class Report:
     """A JSON file with facts about the run and its rows.
 
@@ -66,7 +70,7 @@ class Report:
         """
 
         def end(*_: Any) -> None:
-            raise TimeoutError(f"{name}: stopped after {limit_s * self.patience} s")
+            raise SectionOver(f"{name}: stopped after {limit_s * self.patience} s")
 
         print(f"[{time.monotonic() - self._began_s:.0f} s] {name}", flush=True)
         before = signal.signal(signal.SIGALRM, end)

@@ -101,13 +101,14 @@ def main() -> int:
     ask.add_argument("--cases", default=list(CASES), type=lambda s: s.split(","))
     ask.add_argument("--repeats", type=int, default=3)
     options = ask.parse_args()
-    tiny_models(options.models, *{CASES[name].model for name in options.cases})
     flags = ("--max-num-seqs", "16", "--no-enable-prefix-caching", "--max-num-batched-tokens", "2048")
     site = Site(options.models, options.out.parent, KV_BYTES, 8192, flags, cpu=options.cpu)
     report = Report(options.out, patience=site.patience)
     registry = Registry()
     servers: list[Server] = []
     try:
+        with report.section("models", 130):
+            tiny_models(options.models, *{CASES[name].model for name in options.cases})
         serving: dict[str, Server] = {}
         with report.section("start", 260):
             for name in options.cases:
