@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import sys
 import threading
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -64,6 +65,9 @@ FAILS_REQUESTS = TRANSFER_RESULTS is not None
 """Whether this vLLM recomputes a request whose load failed by its id. Without that it needs the failed blocks' ids,
 which are unique within one KV cache group only."""
 
+_WORKERS_HERE: weakref.WeakValueDictionary[str, WorkerHalf] = weakref.WeakValueDictionary()
+"""Worker halves of this process, by engine: with one rank vLLM runs it on the scheduler's thread."""
+
 _BASES: Any = (KVConnectorBase_V1, vllm_base.SupportsHMA) if FAILS_REQUESTS else (KVConnectorBase_V1,)
 
 
@@ -86,6 +90,7 @@ class KVFerryConnector(*_BASES):  # type: ignore[misc]
         self._stats = KVFerryStats()
         self._scheduler: SchedulerHalf | None = None
         self._worker: WorkerHalf | None = None
+        self._worker_here: WorkerHalf | None = None
         self._pool: PoolAttachment | None = None
         self._pool_scheduler: PoolSchedulerHalf | None = None
         self._pool_worker: PoolWorkerHalf | None = None
@@ -143,6 +148,8 @@ class KVFerryConnector(*_BASES):  # type: ignore[misc]
             on_released=lambda reason: stats.count_release(self._stats.data, reason),
             trace=self._trace,
         )
+        if size == 1:
+            _WORKERS_HERE[self._engine_id] = self._worker
         if self._settings.pool is not None:
             self._start_pool_worker(kv_caches, geometry, news, None if hook is None else lambda b: hook(kv_caches, b))
         # The node's thread needs the interpreter for microseconds, in the middle of vLLM's long run of launches: by
@@ -227,8 +234,13 @@ class KVFerryConnector(*_BASES):  # type: ignore[misc]
         return failed | self._pool_worker.take_failed_blocks() if self._pool_worker is not None else failed
 
     def build_connector_worker_meta(self) -> KVFerryReports | None:
-        reports = self._worker.take_reports() if self._worker is not None else []
-        return KVFerryReports(reports) if reports else None
+        if self._worker is None:
+            return None
+        reports = self._worker.take_reports()
+        # Of a step without a forward vLLM passes on only an output that holds something, and `update_connector_output`
+        # has to be called while a load may end.
+        wanted = self._worker.scheduler_is_here and self._worker.is_loading()
+        return KVFerryReports(reports) if reports or wanted else None
 
     # Scheduler half
 
@@ -275,6 +287,9 @@ class KVFerryConnector(*_BASES):  # type: ignore[misc]
 
     def set_xfer_handshake_metadata(self, metadata: dict[int, KVFerryAddress]) -> None:
         ranks = [metadata[rank] for rank in sorted(metadata)]
+        self._worker_here = _WORKERS_HERE.get(self._engine_id)
+        if self._worker_here is not None:
+            self._worker_here.scheduler_is_here = True
         self._registration.join(tuple(rank.address for rank in ranks))
         # All ranks save alike: what one of them has, the others had too, and a block that is gone is a failed load.
         if ranks[0].pool_space is not None:
@@ -331,10 +346,15 @@ class KVFerryConnector(*_BASES):  # type: ignore[misc]
 
     def update_connector_output(self, connector_output: Any) -> None:
         meta = connector_output.kv_connector_worker_meta
-        if meta is not None:
-            for report in meta.reports:
-                self._trace(report.request_id, "reported")
-            self._book.reported(meta.reports)
+        reports = list(meta.reports) if meta is not None else []
+        if (worker := self._worker_here) is not None:
+            # This output may be that of the step before, and vLLM reads it after this call: what has arrived since then
+            # can be scheduled next.
+            connector_output.finished_recving = (connector_output.finished_recving or set()) | worker.take_delivered()
+            reports += worker.take_reports()
+        for report in reports:
+            self._trace(report.request_id, "reported")
+        self._book.reported(reports)
         self._book.sent(connector_output.finished_sending or ())
 
     def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
@@ -391,8 +411,12 @@ class KVFerryConnector(*_BASES):  # type: ignore[misc]
         if self._worker is not None or self._scheduler is not None:
             self._trace.close()
 
+    @property
+    def _engine_id(self) -> str:
+        return str(self._vllm_config.kv_transfer_config.engine_id)
+
     def _instance_id(self) -> str:
-        return self._settings.instance_id or f"vllm-{self._vllm_config.kv_transfer_config.engine_id[:8]}"
+        return self._settings.instance_id or f"vllm-{self._engine_id[:8]}"
 
     def _plan(self) -> StepPlan:
         plan: StepPlan = self._get_connector_metadata().plan

@@ -22,6 +22,9 @@ from kvferry.errors import CompatibilityError
 from kvferry.layout import overlapping_ranks
 from kvferry.types import HandoffId, HandoffTicket, Outcome, Side, Stage, TerminalState
 
+MOST_STEPS_LEFT = 2
+"""vLLM runs at most one step ahead of the output that it looks at, so that the scheduler half has come by then."""
+
 _log = logging.getLogger("kvferry.vllm")
 
 
@@ -76,9 +79,16 @@ class TargetSide:
     block_ids: list[int]
     outcomes: dict[HandoffId, Outcome] = field(default_factory=dict)
 
+    def is_over(self) -> bool:
+        return len(self.outcomes) == len(self.handoffs)
+
+    def is_delivered(self) -> bool:
+        return self.is_over() and all(o.state is TerminalState.DELIVERED for o in self.outcomes.values())
+
 
 class WorkerHalf:
-    """One rank's side of all handoffs.
+    """One rank's side of all handoffs. `scheduler_is_here`: the scheduler half lives on this thread too, and calls
+    `take_delivered`.
 
     Args:
         news: set, from any thread, when the node has outcomes or releases.
@@ -127,6 +137,8 @@ class WorkerHalf:
         self._failed_blocks: set[int] = set()
         self._failed_requests: set[str] = set()
         self._reports: list[RankReport] = []
+        self.scheduler_is_here = False
+        self._left: dict[str, int] = {}
         self._begun: StepPlan | None = None
         self._layers_published = 0
         self._layers_told = 0
@@ -202,26 +214,43 @@ class WorkerHalf:
         Args:
             also: a load from elsewhere sets `news` too, and is under way.
         """
-        if also or any(t.block_ids for t in self._targets.values()):
+        loads = [target for target in self._targets.values() if target.block_ids]
+        if (also or loads) and not any(target.is_over() for target in loads):
             self._news.wait(seconds)
         self._news.clear()
 
     def finished(self, finished_request_ids: Iterable[str]) -> tuple[set[str], set[str]]:
         """What vLLM's `get_finished` asks for: (sources whose blocks may go, targets that wait no longer).
 
-        Each request is named once, a source only after vLLM said that it finished.
+        Each request is named once, a source only after vLLM said that it finished; what was delivered is left for
+        `take_delivered` where the scheduler half is here, for a few steps.
         """
         self._ended.update(r for r in finished_request_ids if r in self._sources)
         for released in self._node.released():
             self._note_released(released)
-        for outcome in self._node.outcomes():
-            self._note_outcome(outcome)
+        self._note_outcomes()
         sent = {r for r in self._ended if not self._sources[r].open}
         for request_id in sent:
             self._ended.discard(request_id)
             for handoff in self._sources.pop(request_id).handoffs:
                 self._request_of.pop(handoff, None)
-        return sent, self._take_loaded()
+        over = [r for r, target in self._targets.items() if target.is_over()]
+        delivered = [r for r in over if self.scheduler_is_here and self._targets[r].is_delivered()]
+        self._left = {r: self._left.get(r, 0) + 1 for r in delivered}
+        return sent, self._expose(r for r in over if self._left.get(r, MOST_STEPS_LEFT + 1) > MOST_STEPS_LEFT)
+
+    def take_delivered(self) -> set[str]:
+        """Targets whose whole load is here and that nobody was told of yet.
+
+        For the scheduler half, before vLLM looks at the output of the step before: with `finished` alone vLLM would
+        see them a step later, or with asynchronous scheduling two.
+        """
+        self._note_outcomes()
+        return self._expose([r for r, target in self._targets.items() if target.is_delivered()])
+
+    def is_loading(self) -> bool:
+        """Whether a request waits for a load, or for somebody to be told of its end."""
+        return any(target.block_ids for target in self._targets.values())
 
     def take_failed_blocks(self) -> set[int]:
         """Blocks that a failed load left undefined. Never later than the `finished` that names their request."""
@@ -328,6 +357,10 @@ class WorkerHalf:
         if self._on_released is not None:
             self._on_released(reason)
 
+    def _note_outcomes(self) -> None:
+        for outcome in self._node.outcomes():
+            self._note_outcome(outcome)
+
     def _note_outcome(self, outcome: Outcome) -> None:
         target = self._targets.get(self._request_of.get(outcome.handoff, ""))
         if target is None or outcome.handoff in target.outcomes:
@@ -335,10 +368,10 @@ class WorkerHalf:
             return
         target.outcomes[outcome.handoff] = outcome
 
-    def _take_loaded(self) -> set[str]:
-        over = [r for r, t in self._targets.items() if len(t.outcomes) == len(t.handoffs)]
+    def _expose(self, over: Iterable[str]) -> set[str]:
+        """Forget these targets; those of them that were loads."""
         loaded = set()
-        for request_id in over:
+        for request_id in list(over):
             target = self._targets.pop(request_id)
             for handoff in target.handoffs:
                 self._request_of.pop(handoff, None)

@@ -333,3 +333,61 @@ def test_an_empty_step_waits_for_a_load_but_never_without_one(node):
     timer.join()
     assert time.monotonic() - began < 30
     assert half.finished(set()) == (set(), {"r"})
+
+
+@pytest.fixture
+def beside_scheduler(half):
+    half.scheduler_is_here = True
+    return half
+
+
+def test_a_scheduler_half_on_this_thread_is_told_of_a_load_that_ended_after_the_step(beside_scheduler, node):
+    half, a = beside_scheduler, ticket("target")
+    half.start_pulls(StepPlan(pulls=[pull(a, [5])]))
+    assert half.finished(set()) == (set(), set())
+    assert half.is_loading() and half.take_delivered() == set()
+    node.end(a.handoff)
+    assert half.take_delivered() == {"r"}
+    assert [report.request_id for report in half.take_reports()] == ["r"]
+    assert half.finished(set()) == (set(), set())
+    assert half.take_delivered() == set()
+    assert half.is_idle() and not half.is_loading()
+
+
+def test_a_step_leaves_what_was_delivered_to_the_scheduler_half_and_never_waits_meanwhile(beside_scheduler, node):
+    half, a, b = beside_scheduler, ticket("target"), ticket("target")
+    half.start_pulls(StepPlan(pulls=[pull(a, [5]), pull(b, [6], "other")]))
+    node.end(a.handoff)
+    assert half.finished(set()) == (set(), set())
+    half.wait_for_news(60)  # vLLM runs one step ahead: the sooner it ends, the sooner "r" is scheduled
+    assert half.finished(set()) == (set(), set())
+    assert half.take_delivered() == {"r"}
+    node.end(b.handoff)
+    assert half.take_delivered() == {"other"}
+
+
+def test_a_scheduler_half_that_does_not_come_is_told_by_a_later_step(beside_scheduler, node):
+    half, a = beside_scheduler, ticket("target")
+    half.start_pulls(StepPlan(pulls=[pull(a, [5])]))
+    node.end(a.handoff)
+    named = [half.finished(set())[1] for _ in range(4)]
+    assert named == [set(), set(), {"r"}, set()]
+    assert half.take_delivered() == set()
+
+
+def test_a_failed_load_is_only_named_with_its_blocks(beside_scheduler, node):
+    half, a = beside_scheduler, ticket("target")
+    half.start_pulls(StepPlan(pulls=[pull(a, [5])]))
+    node.end(a.handoff, TerminalState.FAILED, cause="peer_gone")
+    assert half.take_delivered() == set()
+    assert half.finished(set()) == (set(), {"r"})
+    assert half.take_failed_blocks() == {5}
+
+
+def test_a_release_without_a_load_is_nothing_that_a_request_waits_for(beside_scheduler, node):
+    half, a = beside_scheduler, ticket("target")
+    half.start_pulls(StepPlan(pulls=[pull(a, [])]))
+    assert not half.is_loading()
+    node.end(a.handoff)
+    assert half.take_delivered() == set()
+    assert half.is_idle()
