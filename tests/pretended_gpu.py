@@ -19,7 +19,7 @@ import pytest
 from kvferry.transport.checksum import SUM, sums_of_blocks
 
 PACKAGES = {
-    "kvferry.transport": ("cuda", "cuda_merge", "cuda_copy", "cuda_runtime", "cuda_kernels"),
+    "kvferry.transport": ("cuda", "cuda_merge", "cuda_copy", "cuda_direct", "cuda_runtime", "cuda_kernels"),
     "kvferry.pool": ("device", "pinning"),
 }
 
@@ -190,6 +190,7 @@ class FakeGpu:
         def download(target: int, source: int, nbytes: int, stream: int) -> None:
             gpu.enqueue(stream, lambda: ctypes.memmove(target, source, nbytes) and None)
 
+        module.DRIVER = "none on a pretended GPU"
         module.IpcHandle, module.PinnedArray, module.use = IpcHandle, PinnedArray, use
         module.ipc_handle, module.open_ipc_handle, module.pin, module.upload = ipc_handle, open_ipc_handle, pin, upload
         module.zero, module.download = zero, download
@@ -228,6 +229,7 @@ class FakeGpu:
 
         module.Launcher, module.Tile, module.LARGE_LAUNCH_BYTES = Launcher, Tile, 8 << 20
         module.tile_for = lambda nbytes, total_bytes: Tile(1, 4096, 8)
+        module.num_tiles = lambda n, nbytes, tile, unit_bytes: n
         module.is_aligned = lambda table: not int(np.bitwise_or.reduce(table)) & 15
         return module
 

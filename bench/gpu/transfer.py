@@ -25,6 +25,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import anatomy
 import checks
 import numpy as np
 import pair
@@ -320,7 +321,7 @@ def main() -> int:
     ask.add_argument("--peers", default="nccl,nixl,mooncake")
     ask.add_argument("--seconds", type=float, default=120, help="no section begins later (default 120)")
     ask.add_argument(
-        "--only", help="checks,paged,latency,layouts,digests,both_ways,cost,engine,grids,kernels,host,faults"
+        "--only", help="checks,paged,anatomy,latency,layouts,digests,both_ways,cost,engine,grids,kernels,host,faults"
     )
     args = ask.parse_args()
     report = Report(args.out, args.seconds)
@@ -344,6 +345,7 @@ def main() -> int:
             sections = {
                 "checks": partial(checks.run, bench),
                 "paged": bench.paged,
+                "anatomy": partial(anatomy.run, bench),
                 "latency": bench.latency,
                 "engine": lambda bench=bench, through=through: through(bench.ceiling_gbps),
                 "layouts": bench.layouts,

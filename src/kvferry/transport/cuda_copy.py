@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import msgspec
 import numpy as np
@@ -16,6 +16,7 @@ from kvferry.layout import Offsets
 from kvferry.transport import cuda_runtime as cuda
 from kvferry.transport.checksum import COPY, COPY_AND_SUM, SUM, Sums
 from kvferry.transport.copying import Limits
+from kvferry.transport.cuda_direct import Direct, Slot
 from kvferry.transport.cuda_kernels import LARGE_LAUNCH_BYTES, Launcher, Tile, is_aligned, tile_for
 
 Path = Literal["device", "peer", "host"]
@@ -24,8 +25,13 @@ RATES: dict[Path, float] = {"device": 2e12, "peer": 390e9, "host": 55e9}
 seen: a copy that was slow once (a busy GPU) would have the next ones slept through, and so be seen as slow again."""
 
 FIRST_LAUNCH_S = 50e-6
+LONG_LAUNCH_S = 200e-6
+"""Behind a launch that takes longer than this the next one waits, lest both take SMs; it runs beside a shorter one."""
+
 RAMP_FROM_BLOCKS = 4096
+TABLE_S_A_BLOCK = 5e-9
 SLEEP_FROM_S = 300e-6
+SPIN_S = 1e-3
 SMALL_BLOCK_BYTES = 16 << 10
 
 
@@ -45,7 +51,7 @@ class CudaSettings(msgspec.Struct, frozen=True, kw_only=True):
 
     programs_device: int = 264
     programs_peer: int = 16
-    programs_host: int = 16
+    programs_host: int = 8
     programs_small: int = 132
     launch_bytes: int = 1 << 30
     launch_s: float = 3e-3
@@ -69,13 +75,13 @@ class Run(NamedTuple):
 
 
 class Lane:
-    """One stream with what a copy on it needs: two halves of a table, so that one is filled while the other is read."""
+    """What one copy needs: two halves of a table, so that one is filled while the other is read, each with a stream,
+    so that neither its upload nor a launch beside a short one waits for the other half's."""
 
     def __init__(self, table_blocks: int) -> None:
-        self.stream = cuda.new_stream()
-        self.upload_stream = cuda.new_stream()
+        self.streams = (cuda.new_stream(), cuda.new_stream())
         self.done = (cuda.new_event(), cuda.new_event())
-        self.uploaded = (cuda.new_event(), cuda.new_event())
+        self.done_handles = (int(self.done[0]), int(self.done[1]))
         self.busy = [False, False]
         self.due_s = [0.0, 0.0]
         self.takes_s = [0.0, 0.0]
@@ -85,6 +91,22 @@ class Lane:
         self.word = cuda.PinnedArray(2)
         self.sums: LaneSums | None = None
 
+    def slot(self, half: int, *, behind: bool, uploaded: bool) -> Slot:
+        """Where a launch of this half goes; `behind` the other half's."""
+        at = 16 * half * self.capacity
+        return Slot(
+            self.table.address + at,
+            self.device_table + at if uploaded else 0,
+            self.streams[half],
+            self.done_handles[half ^ 1] if behind else 0,
+            self.done_handles[half],
+        )
+
+    def table_of(self, half: int) -> npt.NDArray[np.int64]:
+        """The half's table in host memory, int64 [2 * capacity]."""
+        at = 2 * half * self.capacity
+        return self.table.values[at : at + 2 * self.capacity]
+
     def with_sums(self) -> LaneSums:
         """Room for checksums; made on first use."""
         if self.sums is None:
@@ -92,10 +114,9 @@ class Lane:
         return self.sums
 
     def close(self) -> None:
-        for event in (*self.done, *self.uploaded):
+        for event, stream in zip(self.done, self.streams, strict=True):
             cuda.destroy_event(event)
-        cuda.destroy_stream(self.stream)
-        cuda.destroy_stream(self.upload_stream)
+            cuda.destroy_stream(stream)
         cuda.free(self.device_table)
         self.table.close()
         self.word.close()
@@ -147,6 +168,7 @@ class BlockCopier:
         self.stuck = False
         self._settings = settings
         self._launcher = Launcher()
+        self._direct = Direct.open(self._launcher, cuda.DRIVER)
         self._free: list[Lane] = []
         self._num_lanes = 0
         self._changed = threading.Condition()
@@ -220,12 +242,7 @@ class BlockCopier:
                         self._launch(lane, half, run, first, last, mode, tile, out)
                         half ^= 1
                 if word is not None:
-                    # Behind the copies in stream order; the event of the half launched last moves behind it.
-                    self._launcher.load_word(word, lane.word.address, stream=lane.stream)
-                    half ^= 1
-                    cuda.record(lane.done[half], lane.stream)
-                    lane.busy[half] = True
-                    half ^= 1
+                    self._load_word(lane, half ^ 1, word)
             finally:
                 self._await(lane, half)
                 self._await(lane, half ^ 1)
@@ -236,6 +253,15 @@ class BlockCopier:
             # A lane whose work may still run is never used again: its table is being read.
             if not (lane.busy[0] or lane.busy[1]):
                 self._put_lane(lane)
+
+    def _load_word(self, lane: Lane, half: int, word: int) -> None:
+        """On the stream of the half launched last, behind the copies of both; that half's event moves behind it."""
+        stream = lane.streams[half]
+        if lane.busy[half ^ 1]:
+            cuda.wait_for(stream, lane.done[half ^ 1])
+        self._launcher.load_word(word, lane.word.address, stream=stream)
+        cuda.record(lane.done[half], stream)
+        lane.busy[half] = True
 
     def close(self) -> None:
         """Free the lanes; no copy may be running."""
@@ -255,8 +281,8 @@ class BlockCopier:
         if n <= min(most, RAMP_FROM_BLOCKS) or (n <= most and n * run.nbytes <= LARGE_LAUNCH_BYTES):
             yield 0, n
             return
-        # The next table must be written while a launch runs, at some nanoseconds a block.
-        growth = 16 if run.nbytes / rate > 100e-9 else 4
+        # The next table must be written while a launch runs.
+        growth = max(2, int(run.nbytes / rate / TABLE_S_A_BLOCK))
         blocks = most if n <= RAMP_FROM_BLOCKS else max(1, int(rate * FIRST_LAUNCH_S) // run.nbytes)
         first = 0
         while first < n:
@@ -268,43 +294,59 @@ class BlockCopier:
     def _launch(
         self, lane: Lane, half: int, run: Run, first: int, last: int, mode: int, tile: Tile | None, out: Sums | None
     ) -> None:
-        n = last - first
-        at = half * 2 * lane.capacity
-        table = lane.table.values[at : at + 2 * n]
-        _add(run.source_offsets, run.source_base, first, last, table[:n])
-        _add(run.target_offsets, run.target_base, first, last, table[n:])
-        address = lane.table.address + at * 8
+        n, other = last - first, half ^ 1
         nbytes = n * run.nbytes
         small = nbytes < LARGE_LAUNCH_BYTES
-        if not small or n > self._settings.direct_blocks:
-            on_device = lane.device_table + at * 8
-            if lane.busy[half ^ 1]:
-                # Beside the copy that runs, so that none waits for its table.
-                cuda.upload(on_device, address, 16 * n, lane.upload_stream)
-                cuda.record(lane.uploaded[half], lane.upload_stream)
-                cuda.wait_for(lane.stream, lane.uploaded[half])
-            else:
-                cuda.upload(on_device, address, 16 * n, lane.stream)
-            address = on_device
-        sums = 0 if out is None else lane.with_sums().begin(half, n, lane.stream)
+        waits = lane.busy[other] and lane.takes_s[other] > LONG_LAUNCH_S
+        uploaded = not small or n > self._settings.direct_blocks
+        slot = lane.slot(half, behind=waits, uploaded=uploaded)
+        shape = tile or tile_for(run.nbytes, nbytes)
+        programs = self._settings.programs_small if small else self._programs_for(run)
+        direct = self._direct if mode == COPY else None
+        if direct is None or not direct.start(run, first, last, slot, shape, programs):
+            self._start(lane, half, run, first, last, mode, slot, shape, programs, out)
+        lane.busy[half] = True
+        now = time.perf_counter()
+        takes_s = lane.takes_s[half] = nbytes / RATES[run.path]
+        lane.due_s[half] = (max(now, lane.due_s[other]) if lane.busy[other] else now) + takes_s
+
+    def _start(
+        self,
+        lane: Lane,
+        half: int,
+        run: Run,
+        first: int,
+        last: int,
+        mode: int,
+        slot: Slot,
+        tile: Tile,
+        programs: int,
+        out: Sums | None,
+    ) -> None:
+        """Step by step."""
+        n, stream = last - first, slot.stream
+        table = lane.table_of(half)[: 2 * n]
+        _add(run.source_offsets, run.source_base, first, last, table[:n])
+        _add(run.target_offsets, run.target_base, first, last, table[n:])
+        if slot.on_device:
+            cuda.upload(slot.on_device, slot.table, 16 * n, stream)
+        if slot.behind:
+            cuda.wait_for(stream, lane.done[half ^ 1])
+        sums = 0 if out is None else lane.with_sums().begin(half, n, stream)
         self._launcher.copy(
-            address,
+            slot.on_device or slot.table,
             n,
             run.nbytes,
             mode=mode,
             sums=sums,
             aligned=is_aligned(table),
-            programs=self._settings.programs_small if small else self._programs_for(run),
-            stream=lane.stream,
-            tile=tile or tile_for(run.nbytes, nbytes),
+            programs=programs,
+            stream=stream,
+            tile=tile,
         )
         if out is not None:
-            lane.with_sums().end(half, out, lane.stream)
-        cuda.record(lane.done[half], lane.stream)
-        lane.busy[half] = True
-        now = time.perf_counter()
-        takes_s = lane.takes_s[half] = nbytes / RATES[run.path]
-        lane.due_s[half] = (max(now, lane.due_s[half ^ 1]) if lane.busy[half ^ 1] else now) + takes_s
+            lane.with_sums().end(half, out, stream)
+        cuda.record(lane.done[half], stream)
 
     def _programs_for(self, run: Run) -> int:
         return self.programs[run.path] * (1 if run.nbytes >= SMALL_BLOCK_BYTES else 4)
@@ -313,25 +355,32 @@ class BlockCopier:
         """Return when nothing that `half` of the lane launched is running any more."""
         if not lane.busy[half]:
             return
-        done, other = lane.done[half], half ^ 1
-        if not cuda.is_done(done):
+        other = half ^ 1
+        if not self._is_done(lane, half, 0.0):
             # With another long launch behind this one the GPU has work meanwhile.
             hurry = not lane.busy[other] or lane.takes_s[other] < self._settings.spin_s
-            self._poll(done, lane.due_s[half], hurry)
+            self._poll(lane, half, hurry)
         lane.busy[half] = False
         if lane.sums is not None:
             lane.sums.take(half)
         if lane.busy[other]:
             lane.due_s[other] = max(lane.due_s[other], time.perf_counter() + lane.takes_s[other])
 
-    def _poll(self, done: Any, due: float, hurry: bool) -> None:
-        settings = self._settings
-        started = time.perf_counter()
+    def _is_done(self, lane: Lane, half: int, seconds: float) -> bool:
+        """Whether what was launched is complete; looks for up to so long, where that leaves the GIL to others."""
+        if self._direct is None:
+            return cuda.is_done(lane.done[half])
+        return self._direct.wait(lane.done_handles[half], min(max(seconds, 0.0), SPIN_S))
+
+    def _poll(self, lane: Lane, half: int, hurry: bool) -> None:
+        settings, due = self._settings, lane.due_s[half]
+        now = started = time.perf_counter()
         spin_until = max(due, started) + settings.spin_s if hurry else 0.0
         # A sleep ends late, by some 60 us on Linux.
         if (ahead := due - started) > SLEEP_FROM_S:
             time.sleep(ahead - SLEEP_FROM_S / 2)
-        while not cuda.is_done(done):
+            now = time.perf_counter()
+        while not self._is_done(lane, half, spin_until - now):
             now = time.perf_counter()
             if now - started > settings.stuck_after_s:
                 self.stuck = True

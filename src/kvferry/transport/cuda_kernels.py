@@ -199,6 +199,13 @@ class Launcher:
         args = (table, sums, n, nbytes, shape.rows, shape.cols, mode)
         self._on_grid(kernel, (shape, mode), args, shape.warps, grid)(*args, stream=stream)
 
+    def handle(self, tile: Tile) -> tuple[int, int, int]:
+        """(CUfunction, threads, bytes of shared memory) of the kernel that copies aligned blocks by this tile."""
+        args = (1 << 40, 0, 7, 65536, tile.rows, tile.cols, COPY)
+        kernel = self._kernel(copy_blocks, (tile, COPY), args, tile.warps)
+        kernel[(1, 1, 1)]  # loads it
+        return int(kernel.function), 32 * tile.warps, int(kernel.metadata.shared)
+
     def load_word(self, word: int, slot: int, *, stream: int) -> None:
         """Start loading the 8 bytes at address `word` into pinned host memory at `slot`."""
         args = (word, slot)

@@ -22,6 +22,7 @@ except ImportError as missing:  # The caller learns it as "not installed"; torch
         f"cuda-bindings is needed for the cuda transport ({missing}); pip install cuda-bindings"
     ) from missing
 
+DRIVER = "libcuda.so.1"
 HANDLE_BYTES = 64
 
 
