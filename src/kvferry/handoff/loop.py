@@ -14,7 +14,7 @@ T = TypeVar("T")
 
 
 class NodeLoop:
-    """`start`, `run`, `call` and `close` are for other threads, `spawn` and `arm` for the loop's own."""
+    """`start`, `run` and `close` are for other threads, `spawn` and `arm` for the loop's own, `call` for any."""
 
     def __init__(self, clock: Clock) -> None:
         self.closing = False
@@ -34,6 +34,9 @@ class NodeLoop:
 
     def call(self, call: Callable[..., object], *args: Any) -> None:
         """Run `call` on the loop, after everything that was put there before."""
+        if threading.get_ident() == self._thread.ident:
+            self._loop.call_soon(call, *args)  # no wake-up through a socket, of which each message would need several
+            return
         try:
             self._loop.call_soon_threadsafe(call, *args)
         except RuntimeError:
