@@ -39,7 +39,7 @@ def hash_list_digest(token_ids: Sequence[int], block_size: int, root: bytes) -> 
     later is never taken for it.
     """
     tokens = np.asarray(token_ids, dtype="<u4")
-    full = block_hashes(token_ids, block_size, root)
+    full = block_hashes(tokens, block_size, root)
     tail = tokens[len(full) * block_size :]
     parent = full[-1] if full else root
     return hashlib.sha256(b"tail\0" + parent + len(tail).to_bytes(4, "little") + tail.tobytes()).digest()
