@@ -21,7 +21,7 @@ from kvferry.transfer.jobs import Job
 from kvferry.transfer.peer import Completion, Peer, Way
 from kvferry.transfer.regions import RegionTable
 from kvferry.transfer.ways import Ways
-from kvferry.transport.base import BlockList, Guard, Region, RemoteRegion, StopToken
+from kvferry.transport.base import BlockList, Guard, RemoteRegion, StopToken
 from kvferry.transport.blocks import check_blocks
 from kvferry.transport.checksum import Sums
 from kvferry.transport.copying import batches
@@ -63,13 +63,17 @@ class Transfer:
         for part in blocks:
             self._require_regions(part, regions)
         blocks = check_blocks(blocks)
-        self.nbytes = sum(part.total_bytes for part in blocks)
-        most = CUDA_SLICE_BYTES if all(self._local(part).kind == "cuda" for part in blocks) else slice_bytes
+        self.nbytes = self._num_blocks = 0
+        most = CUDA_SLICE_BYTES
+        for source, target, offsets, _, nbytes in blocks:
+            self._num_blocks += len(offsets)
+            self.nbytes += len(offsets) * nbytes
+            if (source if writing else target).kind != "cuda":
+                most = slice_bytes
         self._slices = [blocks] if self.nbytes <= most else batches(blocks, most)
         self._next = 0
         self._retries = 0
         self._scheme = ""
-        self._num_blocks = sum(len(part.source_offsets) for part in blocks)
         self._sums: list[Sums] | None = [] if summing else None
 
     @property
@@ -115,7 +119,8 @@ class Transfer:
                 except TransportError as error:
                     failure = error
             if attempt == 0:
-                self._ways.candidates(self.peer, [], writing=False, deadline_s=self._remaining())
+                if not self.peer.ways:
+                    self._ways.open(self.peer, self._remaining())
                 if failure is not None or self.peer.ways:
                     self._ways.open_standby(self.peer, self._remaining())
         raise failure or self._no_way()
@@ -125,18 +130,17 @@ class Transfer:
         return self._why_stopped(HandoffAborted("the transfer was cancelled", peer=self.peer.name))
 
     def _move(self, blocks: list[BlockList], guard: Guard | None) -> None:
-        tried: set[int] = set()
+        tried: set[Way] = set()
         failure: KVError | None = None
         while True:
-            ways = self._ways.candidates(self.peer, blocks, writing=self._writing, deadline_s=self._remaining())
-            way = next((way for way in ways if id(way) not in tried), None)
+            way = self._ways.best(self.peer, blocks, writing=self._writing, deadline_s=self._remaining(), tried=tried)
             if way is None:
                 if self.peer.lost is not None:
                     raise self.peer.lost
                 if self._ways.open_standby(self.peer, self._remaining()):
                     continue
                 raise failure or self._no_way()
-            tried.add(id(way))
+            tried.add(way)
             try:
                 self._move_over(way, blocks, guard)
             except (RegistrationError, LeaseExpired, HandoffAborted, TransferTimeout):
@@ -194,9 +198,6 @@ class Transfer:
             raise RegistrationError(f"region {remote.region_id} has {known.nbytes} bytes, not {remote.nbytes}")
         if self._writing and not known.writable:
             raise RegistrationError(f"region {remote.region_id} of {self.peer.name} was not lent out for writing")
-
-    def _local(self, part: BlockList) -> Region | RemoteRegion:
-        return part.source if self._writing else part.target
 
     def _remaining(self) -> float:
         remaining_s = self._until_s - time.monotonic()

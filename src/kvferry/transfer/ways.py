@@ -57,17 +57,24 @@ class Ways:
             reasons = "; ".join(f"{way.scheme}: {way.why}" for way in ways) or "no transport is configured"
             raise PeerGone(f"no transport leads to the peer: {reasons}", peer=peer.name)
 
-    def candidates(self, peer: Peer, blocks: list[BlockList], *, writing: bool, deadline_s: float) -> list[Way]:
-        """Open ways that serve all these regions, best first; those that failed lately last.
+    def best(
+        self, peer: Peer, blocks: list[BlockList], *, writing: bool, deadline_s: float, tried: set[Way]
+    ) -> Way | None:
+        """The first open way that serves all these regions and was not tried; one that failed lately only if there is
+        no other. None if there is none at all.
 
-        Raises: TransportError if there is none.
+        Raises: as `open` does.
         """
         if not peer.ways:
             self.open(peer, deadline_s)
-        fitting = [way for way in peer.ways if way.link is not None and _serves(way.scheme, blocks, writing)]
-        if len(fitting) > 1:
-            fitting.sort(key=lambda way: not way.usable())
-        return fitting
+        failed_lately: Way | None = None
+        for way in peer.ways:
+            if way.link is None or way in tried or not _serves(way.scheme, blocks, writing):
+                continue
+            if way.usable():
+                return way
+            failed_lately = failed_lately or way
+        return failed_lately
 
     def open_standby(self, peer: Peer, deadline_s: float) -> bool:
         """Open what was on standby; whether that brought a new way."""
@@ -122,10 +129,11 @@ def close_ways(peer: Peer, *, reason: KVError | None = None) -> None:
 
 
 def _serves(scheme: str, blocks: list[BlockList], writing: bool) -> bool:
-    for part in blocks:
-        remote, local = (part.target, part.source) if writing else (part.source, part.target)
+    reaches_gpus = scheme in ("cuda", "nixl")
+    for source, target, *_ in blocks:
+        remote, local = (target, source) if writing else (source, target)
         assert isinstance(remote, RemoteRegion)
-        if scheme not in remote.handles or (local.kind == "cuda" and scheme not in ("cuda", "nixl")):
+        if scheme not in remote.handles or not (reaches_gpus or local.kind != "cuda"):
             return False
     return True
 

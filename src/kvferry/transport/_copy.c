@@ -1,4 +1,4 @@
-/* Gather and scatter of many blocks in one call, without the GIL; one small block with its checks; offsets looked through.
+/* Gather and scatter of many blocks in one call, without the GIL; one small block with its checks; a look at offsets.
  *
  * Why C: a copy call for each block through ctypes gives the GIL up and takes it back for each block, and waits up to
  * 5 ms for it whenever another thread computes. And libc's memcpy reads each target line before it overwrites it,
@@ -7,6 +7,7 @@
  */
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
+#include <errno.h>
 #include <poll.h>
 #include <stdint.h>
 #include <stdlib.h>
@@ -222,8 +223,11 @@ static int few_are_apart(const int64_t *offsets, size_t count, uint64_t nbytes) 
     return 1;
 }
 
-/* Whether each place on the grid is taken once. Another thread may be writing to the offsets: hence the look at `span`. */
-static int once_each_shifted(const int64_t *offsets, size_t count, uint64_t low, uint64_t span, int shift, char *taken) {
+/* Whether each place on the grid is taken once. Another thread may be writing to the offsets: hence the look at `span`.
+ */
+static int once_each_shifted(
+    const int64_t *offsets, size_t count, uint64_t low, uint64_t span, int shift, char *taken
+) {
     char twice = 0;
     for (size_t i = 0; i < count; i++) {
         const uint64_t beside = (uint64_t)offsets[i] - low;
@@ -234,7 +238,9 @@ static int once_each_shifted(const int64_t *offsets, size_t count, uint64_t low,
     return !twice;
 }
 
-static int once_each(const int64_t *offsets, size_t count, uint64_t low, uint64_t span, uint64_t nbytes, char *taken) {
+static int once_each(
+    const int64_t *offsets, size_t count, uint64_t low, uint64_t span, uint64_t nbytes, char *taken
+) {
     char twice = 0;
     /* Quicker than a division, and exact where the offset is on the grid: places are far fewer than 2^52. */
     const double of_nbytes = 1.0 / (double)nbytes;
@@ -307,15 +313,28 @@ static PyObject *look_through(PyObject *module, PyObject *const *args, Py_ssize_
     return Py_BuildValue("LLO", (long long)found.low, (long long)found.high, apart ? Py_True : Py_False);
 }
 
+static PyObject *is_dead(PyObject *module, PyObject *arg) {
+    (void)module;
+    long pidfd = PyLong_AsLong(arg);
+    if (pidfd == -1 && PyErr_Occurred()) return NULL;
+    struct pollfd process = {(int)pidfd, POLLIN, 0};
+    int seen;
+    do seen = poll(&process, 1, 0);
+    while (seen < 0 && errno == EINTR);
+    if (seen < 0) return PyErr_SetFromErrno(PyExc_OSError);
+    return PyBool_FromLong(seen);
+}
+
 static PyMethodDef methods[] = {
     {"copy_blocks", (PyCFunction)(void (*)(void))copy_blocks, METH_FASTCALL,
      "copy_blocks(target, source, target_offsets, source_offsets, count, nbytes, streaming): addresses as integers"},
     {"copy_checked", (PyCFunction)(void (*)(void))copy_checked, METH_FASTCALL,
      "copy_checked(target, source, nbytes, pidfd, slot, nonce, [word_slot, word_nonce, word_address, word]) -> int: 0 if "
      "all stands; 1: a slot holds another nonce; 2: the process is dead; 3: the word is another one"},
+    {"is_dead", is_dead, METH_O, "is_dead(pidfd) -> bool: the process has ended, or there is no such descriptor"},
     {"look_through", (PyCFunction)(void (*)(void))look_through, METH_FASTCALL,
-     "look_through(offsets, nbytes) -> (low, high, whether blocks of nbytes are surely apart), or None if the offsets are "
-     "no int64 array [n] in one piece, n > 0"},
+     "look_through(offsets, nbytes) -> (low, high, whether blocks of nbytes are surely apart), or None if the offsets "
+     "are no int64 array [n] in one piece, n > 0"},
     {"load_word", load_word, METH_O, "load_word(address) -> int: 8 bytes, atomically, after everything loaded before"},
     {"store_word", (PyCFunction)(void (*)(void))store_word, METH_FASTCALL,
      "store_word(address, word): 8 bytes, atomically, visible before anything stored later"},

@@ -19,6 +19,7 @@ except ImportError:  # The wheel was built without a C compiler.
 FEW = 32
 """Up to so many offsets, plain Python is quicker than one call of numpy for each step."""
 
+_INT64 = np.dtype(np.int64)
 
 Looked = tuple[int, int, bool]
 """What one look through offsets told: the lowest, the highest, and whether blocks there surely overlap nowhere. Where
@@ -41,26 +42,27 @@ def check_blocks(blocks: list[BlockList]) -> list[BlockList]:
 
 
 def _check_list(part: BlockList, looked: dict[tuple[int, int], Looked]) -> BlockList:
-    source_region, target_region, source_offsets, target_offsets, nbytes = part
-    source, target = _offsets(source_offsets, "source"), _offsets(target_offsets, "target")
+    source_region, target_region, source, target, nbytes = part
+    of_source, of_target = looked.get((id(source), 0)), looked.get((id(target), nbytes))
+    if of_source is None or of_target is None:
+        source, target = _offsets(source, "source"), _offsets(target, "target")
     if source.size != target.size:
         raise RegistrationError(f"{source.size} source blocks cannot fill {target.size} target blocks")
     if nbytes < 1:
         raise RegistrationError(f"blocks of {nbytes} bytes cannot be moved; a block has at least 1")
-    # Sources may overlap.
-    if (of_source := looked.get((id(source), 0))) is None:
+    if of_source is None:  # Sources may overlap.
         of_source = looked[id(source), 0] = look_through(source, 0)
     _require_between(of_source, nbytes, source_region, "source")
-    if (of_target := looked.get((id(target), nbytes))) is None:
+    if of_target is None:
         of_target = looked[id(target), nbytes] = look_through(target, nbytes)
     _require_between(of_target, nbytes, target_region, "target")
-    if source is source_offsets and target is target_offsets:
+    if source is part.source_offsets and target is part.target_offsets:
         return part
     return part._replace(source_offsets=source, target_offsets=target)
 
 
 def _offsets(value: Offsets, side: str) -> Offsets:
-    if isinstance(value, np.ndarray) and value.dtype == np.int64 and value.ndim == 1 and value.flags.c_contiguous:
+    if isinstance(value, np.ndarray) and value.dtype == _INT64 and value.ndim == 1 and value.flags.c_contiguous:
         return value
     array = np.asarray(value)
     if array.ndim != 1 or array.dtype.kind not in "iu":

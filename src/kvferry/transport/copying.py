@@ -180,6 +180,8 @@ def copy_checked(target: int, source: int, nbytes: int, pidfd: int, *words: int)
 
 def is_dead(pidfd: int) -> bool:
     """Whether the process has ended, or the descriptor was closed."""
+    if _copy is not None:
+        return bool(_copy.is_dead(pidfd))
     # A poll object of its own for each call: one that several threads share refuses the second.
     death = select.poll()
     death.register(pidfd, select.POLLIN)

@@ -14,9 +14,8 @@ from __future__ import annotations
 import os
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from collections.abc import Mapping as Dict
-from contextlib import contextmanager
 from typing import Any, ClassVar, NamedTuple
 
 import msgspec
@@ -144,7 +143,10 @@ class CudaTransport(Transport):
     def bounded(self, blocks: list[BlockList]) -> Iterator[BlockList]:
         """The same copies; blocks larger than a launch may be are cut."""
         most = self.settings.launch_bytes
-        return slices(blocks, most) if any(part.nbytes > most for part in blocks) else iter(blocks)
+        for part in blocks:
+            if part.nbytes > most:
+                return slices(blocks, most)
+        return iter(blocks)
 
     def is_stuck(self) -> bool:
         return any(copier.stuck for copier in self._copiers.values())
@@ -190,6 +192,7 @@ class CudaLink(Link):
         self._same_process = int(offer["pid"]) == os.getpid()
         self._idle = threading.Condition()
         self._copies: set[object] = set()
+        self._num_waiting = 0
         self._closed = False
         self._opened: dict[tuple[int, bytes], int] = {}
         self._remotes: dict[tuple[int, int], _Remote] = {}
@@ -220,7 +223,7 @@ class CudaLink(Link):
     def load_word(self, region: RemoteRegion, offset: int, *, deadline_s: float) -> int:
         require_word(offset, region.nbytes, self._peer)
         limits = Limits(StopToken(), deadline_s, self._peer)
-        with self._copying():
+        with _Copying(self):
             device = self._device_for(region)
             remote = self._remote(region, device)
             word = self._transport.copier(device).copy([], limits, check=self._check, word=remote.address + offset)
@@ -231,8 +234,7 @@ class CudaLink(Link):
         """Waits for copies under way (they end at their next launch), then closes what was opened of the peer."""
         with self._idle:
             self._closed = True
-            while self._copies:
-                self._idle.wait()
+            self._wait_for(self._copies)
             opened, self._opened = self._opened, {}
         self._close_opened(opened)
         self._beacon.close()
@@ -244,8 +246,7 @@ class CudaLink(Link):
             unused = {self._remotes.pop(key).opened for key in gone} - {r.opened for r in self._remotes.values()}
             opened = {key: self._opened.pop(key) for key in unused if key in self._opened}
             under_way = set(self._copies) if opened else set()
-            while under_way & self._copies:
-                self._idle.wait()
+            self._wait_for(under_way)
         self._close_opened(opened)
         self._beacon.forget(region)
 
@@ -272,19 +273,22 @@ class CudaLink(Link):
         runs: dict[int, list[Run]] = {}
         places: dict[int, list[int]] = {}
         remotes: dict[tuple[int, int], _Remote] = {}
-        with self._copying():
-            for place, part in enumerate(transport.bounded(blocks)):
-                theirs, ours = (part.target, part.source) if writing else (part.source, part.target)
+        with _Copying(self):
+            for place, (origin, goal, source_offsets, target_offsets, nbytes) in enumerate(transport.bounded(blocks)):
+                theirs, ours = (goal, origin) if writing else (origin, goal)
                 assert isinstance(theirs, RemoteRegion) and isinstance(ours, Region)
-                device = ours.device if ours.kind == "cuda" else self._device_for(theirs)
+                on_gpu = ours.kind == "cuda"
+                device = ours.device if on_gpu else self._device_for(theirs)
                 if (remote := remotes.get((theirs.region_id, device))) is None:
                     remote = remotes[theirs.region_id, device] = self._remote(theirs, device)
-                here, there = transport.address_of(ours, device), remote.address
-                path: Path = "host" if ours.kind == "host" else remote.path
+                here = ours.address if on_gpu else transport.address_of(ours, device)
+                there, path = remote.address, remote.path if on_gpu else "host"
                 source, target = (here, there) if writing else (there, here)
-                run = Run(part.source_offsets, source, part.target_offsets, target, part.nbytes, path)
-                runs.setdefault(device, []).append(run)
-                places.setdefault(device, []).append(place)
+                run = Run(source_offsets, source, target_offsets, target, nbytes, path)
+                if device not in runs:
+                    runs[device], places[device] = [], []
+                runs[device].append(run)
+                places[device].append(place)
             last = next(reversed(runs), None)
             at = self._guard_address(guard, remotes, last) if guard is not None and last is not None else None
             word = 0
@@ -361,24 +365,46 @@ class CudaLink(Link):
             raise TransportClosed("the link to the peer was closed by this side", peer=self._peer)
         self._beacon._require_alive()
 
-    @contextmanager
-    def _copying(self) -> Iterator[None]:
-        """Counts a copy, so that `close` waits for it; a peer found dead has its handles closed behind the last one."""
+    def _begin(self, copy: object) -> None:
         with self._idle:
             if self._closed:
                 raise PeerGone("the link to the peer was closed", peer=self._peer)
-            copy = object()
             self._copies.add(copy)
-        dead = False
         try:
             self._check()
-            yield
-        except PeerGone:
-            dead = True
+        except BaseException as error:
+            self._end(copy, error)
             raise
-        finally:
-            with self._idle:
-                self._copies.discard(copy)
+
+    def _end(self, copy: object, error: BaseException | None) -> None:
+        with self._idle:
+            self._copies.discard(copy)
+            if self._num_waiting:
                 self._idle.notify_all()
-            if dead:
-                self.close()
+        if isinstance(error, PeerGone):
+            self.close()
+
+    def _wait_for(self, copies: Set[object]) -> None:
+        """Until these copies, or whatever the set has by then, are over. Holds the lock, but for the wait."""
+        self._num_waiting += 1
+        try:
+            while copies & self._copies:
+                self._idle.wait()
+        finally:
+            self._num_waiting -= 1
+
+
+class _Copying:
+    """One copy over a link: counted, so that `close` waits for it; a peer found dead has its handles closed behind the
+    last one. A class, for a generator's context takes 2 us a copy."""
+
+    __slots__ = ("_link",)
+
+    def __init__(self, link: CudaLink) -> None:
+        self._link = link
+
+    def __enter__(self) -> None:
+        self._link._begin(self)
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        self._link._end(self, error)

@@ -100,7 +100,7 @@ class BreaksAfterHalf(Link):
 
 def test_a_transport_that_fails_in_mid_batch_is_replaced_by_the_next(owner: OwnerProcess) -> None:
     region_id = owner.call("region", BLOCKS * BLOCK, seed=7)
-    with EngineThread(("shm", "tcp")) as reader:
+    with EngineThread(("shm", "tcp"), settings=TransferSettings(suspend_s=3600.0)) as reader:
         peer = reader.connect(owner.address)
         near = next(way for way in peer.ways if way.scheme == "shm")
         assert near.link is not None

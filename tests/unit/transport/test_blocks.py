@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvferry.errors import RegistrationError
@@ -86,6 +86,7 @@ def test_targets_of_two_lists_in_one_region_may_not_overlap() -> None:
     assert len(check_blocks([other, blocks([0, 0], [0, 49], 20)])) == 2
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(-50, 250), min_size=1, max_size=6), st.integers(1, 60))
 def test_accepts_exactly_what_lies_inside_and_apart(target: list[int], nbytes: int) -> None:
     fits = all(0 <= t <= 200 - nbytes for t in target) and all(
@@ -167,6 +168,7 @@ def are_apart(offsets: Any, nbytes: int) -> bool:
 
 
 @pytest.mark.skipif(room.in_c is None, reason="built without a C compiler")
+@settings(deadline=None)
 @given(st.integers(0, 1 << 32))
 def test_a_look_in_c_sees_what_one_in_python_sees(seed: int) -> None:
     offsets, nbytes = laid_out(seed)
@@ -182,6 +184,7 @@ def test_a_look_in_c_sees_what_one_in_python_sees(seed: int) -> None:
 
 
 @pytest.mark.skipif(room.in_c is None, reason="built without a C compiler")
+@settings(deadline=None)
 @given(st.integers(0, 1 << 32))
 def test_with_and_without_c_the_same_lists_pass_and_the_same_errors_are_raised(seed: int) -> None:
     offsets, nbytes = laid_out(seed)
