@@ -185,8 +185,8 @@ def measure(options: argparse.Namespace, report: Report, servers: dict[str, Serv
                 report.add(row)
     if ferries and options.trace:
         with report.section("timeline", 20):
-            paths = [trace_of(options, name) for name in ("P", "D")]
-            for row in timeline(*paths, list(prompts), options.repeats):
+            source, target = trace_of(options, "P"), trace_of(options, "D")
+            for row in timeline(source, target, list(prompts), options.repeats):
                 report.add(row)
     for pair in ferries:
         with report.section("interference", 60):

@@ -80,10 +80,10 @@ class KVFerryPair:
         """(id, what the source gets, what the target gets) of a new handoff."""
         handoff = new_handoff_id()
         source, target = (self._registry.ref(s.name) for s in (self.prefill, self.decode))
-        to_source, to_target = (
-            body(prompt, count, kv_transfer_params=HandoffTicket(handoff, side, source, target, deadline_s).as_params())
-            for side, count in (("source", 1), ("target", num_tokens))
-        )
+        as_source = HandoffTicket(handoff, "source", source, target, deadline_s).as_params()
+        as_target = HandoffTicket(handoff, "target", source, target, deadline_s).as_params()
+        to_source = body(prompt, 1, kv_transfer_params=as_source)
+        to_target = body(prompt, num_tokens, kv_transfer_params=as_target)
         return handoff, to_source, to_target
 
     def send(self, server: Server, data: bytes) -> Future[tuple[float, dict[str, Any]]]:
