@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Sequence
 
 import numpy as np
+import numpy.typing as npt
 
 HASH_ALGORITHM = "sha256-chain-v1"
 
@@ -15,7 +16,7 @@ def root_hash(fingerprint_digest: bytes, namespace: str = "") -> bytes:
     return hashlib.sha256(b"kvferry-root\0" + fingerprint_digest + b"\0" + namespace.encode()).digest()
 
 
-def block_hashes(token_ids: Sequence[int], block_size: int, root: bytes) -> list[bytes]:
+def block_hashes(token_ids: Sequence[int] | npt.NDArray[np.uint32], block_size: int, root: bytes) -> list[bytes]:
     """Hash each full block of `block_size` tokens, chained over the prefix.
 
     Args:
