@@ -124,6 +124,24 @@ static PyObject *start(PyObject *self, PyObject *const *args, Py_ssize_t given) 
     Py_RETURN_TRUE;
 }
 
+/* (word, slot, stream, behind, done, function): start loading 8 bytes into pinned memory, behind an event or 0. */
+static PyObject *start_word(PyObject *self, PyObject *const *args, Py_ssize_t given) {
+    enum { WORD, SLOT, STREAM_, BEHIND_, DONE_, FUNCTION_, COUNT };
+    int64_t of[COUNT], none = 0;
+    if (given != COUNT) return PyErr_Format(PyExc_TypeError, "%zd arguments, expected %d", given, COUNT);
+    for (int i = 0; i < COUNT; i++) {
+        of[i] = (int64_t)PyLong_AsUnsignedLongLongMask(args[i]);
+        if (PyErr_Occurred()) return NULL;
+    }
+    int status;
+    void *stream = (void *)of[STREAM_], *params[] = {&of[WORD], &of[SLOT], &none, &none};
+    if (of[BEHIND_] && (status = wait_event(stream, (void *)of[BEHIND_], 0))) return failed("cuStreamWaitEvent", status);
+    if ((status = launch_kernel((void *)of[FUNCTION_], 1, 1, 1, 32, 1, 1, 0, stream, params, NULL)))
+        return failed("cuLaunchKernel", status);
+    if ((status = record((void *)of[DONE_], stream))) return failed("cuEventRecord", status);
+    Py_RETURN_NONE;
+}
+
 static double now(void) {
     struct timespec t;
     clock_gettime(CLOCK_MONOTONIC, &t);
@@ -151,6 +169,7 @@ static PyMethodDef methods[] = {
     {"param_sizes", param_sizes, METH_O, "The sizes in bytes of a kernel's parameters."},
     {"start", (PyCFunction)(void (*)(void))start, METH_FASTCALL,
      "Start copying blocks with a kernel; False, and nothing is started, where an address is no multiple of 16."},
+    {"start_word", (PyCFunction)(void (*)(void))start_word, METH_FASTCALL, "Start loading 8 bytes into pinned memory."},
     {"wait", (PyCFunction)(void (*)(void))await_event, METH_FASTCALL, "Look at an event for so many seconds; is it done?"},
     {NULL, NULL, 0, NULL}};
 

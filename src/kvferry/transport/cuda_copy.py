@@ -25,13 +25,14 @@ RATES: dict[Path, float] = {"device": 2e12, "peer": 390e9, "host": 55e9}
 seen: a copy that was slow once (a busy GPU) would have the next ones slept through, and so be seen as slow again."""
 
 FIRST_LAUNCH_S = 50e-6
-LONG_LAUNCH_S = 200e-6
+LONG_LAUNCH_S = 1e-3
 """Behind a launch that takes longer than this the next one waits, lest both take SMs; it runs beside a shorter one."""
 
 RAMP_FROM_BLOCKS = 4096
-TABLE_S_A_BLOCK = 5e-9
-SLEEP_FROM_S = 300e-6
-SPIN_S = 1e-3
+TABLE_S_A_BLOCK = 2e-9
+SLEEP_FROM_S, SPIN_S = 300e-6, 1e-3
+"""A copy that takes longer is waited for asleep: where looking for it takes the GIL, and where it does not. Asleep, a
+core loses its caches and its clock, and the next read begins up to 100 us later."""
 SMALL_BLOCK_BYTES = 16 << 10
 
 
@@ -90,9 +91,12 @@ class Lane:
         self.device_table = cuda.allocate(32 * table_blocks)
         self.word = cuda.PinnedArray(2)
         self.sums: LaneSums | None = None
+        # By half, whether the table is uploaded, and whether the launch comes behind the other half's.
+        self.slots = [
+            [[self._slot(half, up, behind) for behind in (False, True)] for up in (False, True)] for half in (0, 1)
+        ]
 
-    def slot(self, half: int, *, behind: bool, uploaded: bool) -> Slot:
-        """Where a launch of this half goes; `behind` the other half's."""
+    def _slot(self, half: int, uploaded: bool, behind: bool) -> Slot:
         at = 16 * half * self.capacity
         return Slot(
             self.table.address + at,
@@ -256,11 +260,12 @@ class BlockCopier:
 
     def _load_word(self, lane: Lane, half: int, word: int) -> None:
         """On the stream of the half launched last, behind the copies of both; that half's event moves behind it."""
-        stream = lane.streams[half]
-        if lane.busy[half ^ 1]:
-            cuda.wait_for(stream, lane.done[half ^ 1])
-        self._launcher.load_word(word, lane.word.address, stream=stream)
-        cuda.record(lane.done[half], stream)
+        slot = lane.slots[half][False][lane.busy[half ^ 1]]
+        if self._direct is None or not self._direct.load_word(word, lane.word.address, slot):
+            if slot.behind:
+                cuda.wait_for(slot.stream, lane.done[half ^ 1])
+            self._launcher.load_word(word, lane.word.address, stream=slot.stream)
+            cuda.record(lane.done[half], slot.stream)
         lane.busy[half] = True
 
     def close(self) -> None:
@@ -298,8 +303,7 @@ class BlockCopier:
         nbytes = n * run.nbytes
         small = nbytes < LARGE_LAUNCH_BYTES
         waits = lane.busy[other] and lane.takes_s[other] > LONG_LAUNCH_S
-        uploaded = not small or n > self._settings.direct_blocks
-        slot = lane.slot(half, behind=waits, uploaded=uploaded)
+        slot = lane.slots[half][not small or n > self._settings.direct_blocks][waits]
         shape = tile or tile_for(run.nbytes, nbytes)
         programs = self._settings.programs_small if small else self._programs_for(run)
         direct = self._direct if mode == COPY else None
@@ -377,8 +381,9 @@ class BlockCopier:
         now = started = time.perf_counter()
         spin_until = max(due, started) + settings.spin_s if hurry else 0.0
         # A sleep ends late, by some 60 us on Linux.
-        if (ahead := due - started) > SLEEP_FROM_S:
-            time.sleep(ahead - SLEEP_FROM_S / 2)
+        awake_s = SLEEP_FROM_S if self._direct is None or not hurry else SPIN_S
+        if (ahead := due - started) > awake_s:
+            time.sleep(ahead - awake_s / 2)
             now = time.perf_counter()
         while not self._is_done(lane, half, spin_until - now):
             now = time.perf_counter()

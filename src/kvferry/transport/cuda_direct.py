@@ -17,8 +17,9 @@ try:
 except ImportError:  # The wheel was built without a C compiler.
     in_c = None
 
-PARAMETERS = (8, 8, 4, 8, 8, 8)
-"""Bytes of the copy kernel's: table, sums, n, nbytes, and two pointers of Triton's own, which not every version has."""
+PARAMETERS, WORD_PARAMETERS = (8, 8, 4, 8, 8, 8), (8, 8, 8, 8)
+"""Bytes of the copy kernel's (table, sums, n, nbytes) and of `load_word`'s (word, slot), each with two pointers of
+Triton's own, which not every version has."""
 
 
 class Slot(NamedTuple):
@@ -40,6 +41,7 @@ class Direct:
     def __init__(self, launcher: Launcher) -> None:
         self._launcher = launcher
         self._kernels: dict[Tile, tuple[int, int, int] | None] = {}
+        self._word_kernels: dict[int, int] = {}
 
     @classmethod
     def open(cls, launcher: Launcher, driver: str) -> Direct | None:
@@ -66,13 +68,29 @@ class Direct:
         function, threads, shared = kernel
         grid = min(programs, num_tiles(last - first, run.nbytes, tile, 4))
         try:
-            return bool(
-                in_c.start(
-                    *run[:4], first, last, run.nbytes, *slot, function, grid, threads, shared,
-                )
-            )  # fmt: skip
+            return bool(in_c.start(*run[:4], first, last, run.nbytes, *slot, function, grid, threads, shared))
         except RuntimeError as error:
             raise TransportError(str(error)) from error
+
+    def load_word(self, word: int, to: int, slot: Slot) -> bool:
+        """Start loading the 8 bytes at address `word` into pinned host memory at `to`, a multiple of 16. False, and
+        nothing is started, where this can't be used.
+
+        Raises: TransportError where the GPU refuses.
+        """
+        low = word & 15
+        if (function := self._word_kernels.get(low)) is None:
+            function = self._launcher.word_handle(low)
+            if not _as_expected(function, WORD_PARAMETERS, 2):
+                function = 0
+            self._word_kernels[low] = function
+        if not function:
+            return False
+        try:
+            in_c.start_word(word, to, slot.stream, slot.behind, slot.done, function)
+        except RuntimeError as error:
+            raise TransportError(str(error)) from error
+        return True
 
     def wait(self, event: int, seconds: float) -> bool:
         """Look at the event for so long, without the GIL; whether all work before it is complete.
@@ -87,5 +105,9 @@ class Direct:
     def _find(self, tile: Tile) -> tuple[int, int, int] | None:
         """(function, threads, bytes of shared memory) of the kernel that copies aligned blocks."""
         function, threads, shared = self._launcher.handle(tile)
-        sizes = tuple(in_c.param_sizes(function))
-        return (function, threads, shared) if len(sizes) >= 4 and sizes == PARAMETERS[: len(sizes)] else None
+        return (function, threads, shared) if _as_expected(function, PARAMETERS, 4) else None
+
+
+def _as_expected(function: int, sizes: tuple[int, ...], at_least: int) -> bool:
+    found = tuple(in_c.param_sizes(function))
+    return len(found) >= at_least and found == sizes[: len(found)]

@@ -206,6 +206,12 @@ class Launcher:
         kernel[(1, 1, 1)]  # loads it
         return int(kernel.function), 32 * tile.warps, int(kernel.metadata.shared)
 
+    def word_handle(self, low: int) -> int:
+        """The CUfunction, of one warp and no shared memory, that loads words whose addresses end with these 4 bits."""
+        kernel = self._kernel(load_word, (low, 0), ((1 << 40) + low, 1 << 40), 1)
+        kernel[(1, 1, 1)]  # loads it
+        return int(kernel.function)
+
     def load_word(self, word: int, slot: int, *, stream: int) -> None:
         """Start loading the 8 bytes at address `word` into pinned host memory at `slot`."""
         args = (word, slot)

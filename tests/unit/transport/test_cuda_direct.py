@@ -29,7 +29,10 @@ BASE_BYTES = 1 << 16
 class Kernels:
     """Stands for Triton's launcher: the number of a kernel, its threads and shared memory."""
 
-    function = 1
+    function, word = 1, 4
+
+    def word_handle(self, low: int) -> int:
+        return self.word
 
     def handle(self, tile: Tile) -> tuple[int, int, int]:
         return self.function, 32 * tile.warps, 48
@@ -168,3 +171,21 @@ def test_more_blocks_than_offsets_are_refused(starter: Any, driver: Any, memory:
 
 def test_without_a_driver_there_is_none() -> None:
     assert direct.Direct.open(Kernels(), "libnone.so") is None
+
+
+def test_a_word_is_loaded_behind_the_other_half(starter: Any, driver: Any, memory: Memory) -> None:
+    word = memory.source.ctypes.data + 8
+    assert starter.load_word(word, memory.table.ctypes.data, memory.slot(behind=9))
+    assert memory.table[0] == memory.source[8:16].view(np.int64)[0]
+    assert (driver.launches, driver.waits, driver.last_threads) == (1, 1, 32)
+    driver.fail_with = 719
+    with pytest.raises(TransportError, match="719"):
+        starter.load_word(word, memory.table.ctypes.data, memory.slot())
+
+
+def test_a_word_kernel_with_other_parameters_is_not_launched(
+    starter: Any, driver: Any, memory: Memory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Kernels, "word", 1)
+    assert not starter.load_word(memory.source.ctypes.data, memory.table.ctypes.data, memory.slot())
+    assert driver.launches == 0
