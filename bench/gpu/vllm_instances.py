@@ -240,8 +240,9 @@ class Server:
         with contextlib.suppress(TimeoutError):
             wait_for(is_over, within_s, "ready")
         if not self.is_healthy():
-            tail = self.log.read_text(errors="replace")[-5000:]
-            raise RuntimeError(f"{self.name} is not ready (exit {self.process.poll()}):\n{tail}")
+            log = self.log.read_text(errors="replace")
+            causes = "\n".join([line for line in log.splitlines() if "Error" in line][-12:])
+            raise RuntimeError(f"{self.name} is not ready (exit {self.process.poll()}):\n{causes}\n{log[-1500:]}")
         print(f"{self.name}: ready after {time.monotonic() - self.began_s:.0f} s", flush=True)
 
     def is_healthy(self) -> bool:
