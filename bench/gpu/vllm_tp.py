@@ -4,7 +4,8 @@
 
 `1to2`: P with TP 1 on GPU 0, D with TP 2 over both; `2to1` the other way round. `experts`: a Qwen3-MoE-shaped model,
 TP 2 and `--enable-expert-parallel` on both sides, which share the two GPUs. `hybrid`: full attention with sliding
-windows, TP 1 to 2; not by default, as vLLM 0.26 refuses to start it without its hybrid KV cache manager. The instances of all cases start at once and stay up; cases are measured one after the other.
+windows, TP 1 to 2; not by default, as vLLM 0.26 refuses to start it without its hybrid KV cache manager. The
+instances of all cases start at once and stay up; cases are measured one after the other.
 
 The models are the tests' small saved ones, whose output depends on every part of the KV cache (vLLM's dummy weights
 differ with the parallelism). The references are P itself and D itself, each asked without a ticket: single instances of
