@@ -87,8 +87,14 @@ def measure_prompt(
     same = {p.name: 0 for p in pairs}
     for number in range(repeats + 1):
         prompt = random_prompt(rng, num_tokens)
-        seconds, token = complete(single, prompt, 1)
-        results = {p.name: p.request(prompt) for p in pairs}
+        seconds, token, results = 0.0, [], {}
+        # Each system goes first as often as the others: the one after a pause finds a GPU with lower clocks.
+        order: list[Pair | None] = [None, *pairs]
+        for pair in order[number % len(order) :] + order[: number % len(order)]:
+            if pair is None:
+                seconds, token = complete(single, prompt, 1)
+            else:
+                results[pair.name] = pair.request(prompt)
         if number == 0:  # warm-up: connections, kernels
             continue
         alone.append(seconds)
