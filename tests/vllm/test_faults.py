@@ -6,7 +6,7 @@ import signal
 import time
 
 import pytest
-from serving import call, complete, post_completion, prompt_of, wait_for
+from serving import call, complete, complete_alone, post_completion, prompt_of, wait_for
 
 NUM_TOKENS = 16
 
@@ -41,8 +41,8 @@ def all_free_after(pair):
 
 
 def plain(pair, prompt):
-    """What vLLM answers without a handoff; D's cache holds the prompt afterwards."""
-    return complete(pair.decode.url, prompt, NUM_TOKENS)
+    """What D answers without a handoff, and without the blocks that one left in its cache."""
+    return complete_alone(pair.decode.url, prompt, NUM_TOKENS)
 
 
 def test_a_source_that_never_offers_ends_with_the_deadline(pair):
@@ -156,6 +156,24 @@ def test_preemption_of_a_half_published_prompt(pair):
     pytest.fail("P was never caught in the middle of a prompt")
 
 
+def test_preemption_of_a_request_that_was_handed_over(pair):
+    """D takes the blocks back in the middle of the answer, and computes the prompt and what it said so far again."""
+    preempted = pair.decode.metric("vllm:num_preemptions_total")
+    for seed in range(450, 460):
+        prompt = prompt_of(1900, seed)
+        prefill, decode, handoff = pair.send(prompt, 140)
+        wait_for(lambda: pair.decode.metric("vllm:num_requests_running") > 0, 60, "D decodes")
+        call(f"{pair.decode.url}/reset_prefix_cache?reset_running_requests=true", {})
+        status, answer = decode.result(60)
+        assert status == 200
+        assert answer["choices"][0]["token_ids"] == complete_alone(pair.decode.url, prompt, 140)
+        assert prefill.result(60)[0] == 200
+        assert pair.registry.outcome(handoff).state == "delivered"
+        if pair.decode.metric("vllm:num_preemptions_total") > preempted:
+            return
+    pytest.fail("D was never caught in the middle of an answer")
+
+
 def test_a_prefill_leg_that_is_aborted_does_not_leave_the_target_waiting(pair):
     """All of P's places are taken, so that the leg waits there, offered but not begun, when its client leaves."""
     fillers = [pair._pool.submit(post_completion, pair.prefill.url, prompt_of(20, seed=600 + i), 700) for i in range(8)]
@@ -181,7 +199,7 @@ def test_a_prefill_leg_that_is_aborted_does_not_leave_the_target_waiting(pair):
 
 
 def test_many_at_once_while_p_has_room_for_few(pair):
-    """More prompts than either cache holds at a time: preemption and queueing on both sides, no block lost."""
+    """More prompts than either cache holds at a time: they queue on both sides, and no block is lost."""
     prompts = [prompt_of(1900, seed=100 + i) for i in range(14)]
     sent = [pair.send(p, 4, deadline_s=60.0) for p in prompts]
     answers = [(p, decode.result(120)) for p, (_, decode, _) in zip(prompts, sent, strict=True)]
@@ -189,7 +207,7 @@ def test_many_at_once_while_p_has_room_for_few(pair):
         assert prefill.result(60)[0] == 200
     for prompt, (status, answer) in answers:
         assert status == 200
-        assert answer["choices"][0]["token_ids"] == complete(pair.decode.url, prompt, 4)
+        assert answer["choices"][0]["token_ids"] == complete_alone(pair.decode.url, prompt, 4)
     assert {pair.registry.outcome(h).state for _, _, h in sent} <= {"delivered", "recomputed"}
 
 
