@@ -9,8 +9,6 @@ from serving import BLOCK, PATIENT, Pair, Server, complete, kv_config, post_comp
 NUM_TOKENS = 16
 WAIT_S = 5.0
 LENGTHS = (129, 300, 1000, 1900)
-# float32: in bfloat16 vLLM's answers depend on what else is in the batch.
-FLAGS = ["--dtype", "float32"]
 # No seed of hashes from the environment: the connector sees to it that all processes name a block alike.
 ENVIRONMENT = {"VLLM_SERVER_DEV_MODE": "1", "PYTHONHASHSEED": None}
 LOADED, HITS = "vllm:kvferry_pool_loaded_blocks_total", "vllm:external_prefix_cache_hits_total"
@@ -55,7 +53,7 @@ class Talk:
 
 @pytest.fixture(scope="module")
 def single(model_path, logs):
-    server = Server("single", model_path("llama"), logs, flags=FLAGS)
+    server = Server("single", model_path("llama"), logs)
     yield server
     server.stop()
 
@@ -68,7 +66,7 @@ def flags(tmp_path_factory):
 @pytest.fixture(scope="module")
 def filled(single, model_path, logs, pool_node):
     """The pool after an instance without router or handoffs has computed prompts, and was killed; and a talk."""
-    first = Server("first", model_path("llama"), logs, flags=FLAGS, kv=pool_config(pool_node), environment=ENVIRONMENT)
+    first = Server("first", model_path("llama"), logs, kv=pool_config(pool_node), environment=ENVIRONMENT)
     try:
         single.ready()
         first.ready()
@@ -97,7 +95,6 @@ def pair(filled, registry, model_path, logs, pool_node, flags):
             name,
             model_path("llama"),
             logs,
-            flags=FLAGS,
             kv=kv_config(registry, name, **settings),
             environment=environment,
         )

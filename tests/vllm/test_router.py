@@ -12,15 +12,26 @@ from pathlib import Path
 
 import psutil
 import pytest
-from serving import ENVIRONMENT, FLAGS, Server, call, die_with_parent, free_port, kv_config, prompt_of, wait_for
+from serving import (
+    ENVIRONMENT,
+    FLAGS,
+    Server,
+    call,
+    complete_alone,
+    die_with_parent,
+    free_port,
+    kv_config,
+    prompt_of,
+    wait_for,
+)
 
 MODEL = "qwen3"
 NUM_TOKENS = 12
 LENGTHS = (1, 5, 127, 128, 129, 300, 1000, 1900)
 GREEDY = {"temperature": 0}
 SEEDED = {"temperature": 0.9, "seed": 4711, "top_p": 0.95}
-# float32: in bfloat16 vLLM's answers depend on what else is in the batch. No chunks: see test_tokens.py.
-EXACT = ["--dtype", "float32", "--no-enable-chunked-prefill", "--max-num-batched-tokens", "2048"]
+# No chunks: see test_tokens.py.
+WHOLE = ["--no-enable-chunked-prefill", "--max-num-batched-tokens", "2048"]
 # The cluster would draw one by itself; the instance that joins by hand must know it.
 SECRET = {"KVFERRY_CLUSTER_SECRET": "a secret for this test alone"}
 
@@ -36,7 +47,7 @@ class Cluster:
         command = [str(Path(sys.executable).parent / "kvferry"), "up", "--engine", "vllm", "--model", str(model)]
         command += ["--prefill", "2", "--decode", "2", "--port", str(port), "--logs", str(logs)]
         command += ["--router-stream-first-token"]
-        command += ["--vllm-args", " ".join([*flags, *EXACT])]
+        command += ["--vllm-args", " ".join([*flags, *WHOLE])]
         with (logs / "up.log").open("ab") as log:
             self.process = subprocess.Popen(
                 command,
@@ -107,10 +118,7 @@ def cluster(model_path, logs):
 def reference(cluster, prompt, options=GREEDY):
     """What one of the instances answers alone, without a handoff."""
     instance = next(i for i in cluster.instances().values() if i["role"] == "decode")
-    body = {"model": "m", "prompt": prompt, "max_tokens": NUM_TOKENS, "ignore_eos": True, **options}
-    status, answer = call(f"{instance['url']}/v1/completions", {**body, "return_token_ids": True})
-    assert status == 200
-    return answer["choices"][0]["token_ids"]
+    return complete_alone(instance["url"], prompt, NUM_TOKENS, **options)
 
 
 @pytest.mark.parametrize("options", [GREEDY, SEEDED], ids=["greedy", "seeded"])
@@ -140,7 +148,8 @@ def test_prefills_token_is_streamed_at_once_and_is_decodes_own(cluster, options)
         prompt = prompt_of(length, seed=5000 + 100 * len(options) + i)
         body = {"model": "m", "prompt": prompt, "max_tokens": NUM_TOKENS, "ignore_eos": True, **options}
         instance = next(i for i in cluster.instances().values() if i["role"] == "decode")
-        expected = call(f"{instance['url']}/v1/completions", body)[1]["choices"][0]["text"]
+        alone = {**body, "cache_salt": "computed alone"}
+        expected = call(f"{instance['url']}/v1/completions", alone)[1]["choices"][0]["text"]
         decoders = [
             p
             for name, i in cluster.instances().items()
@@ -189,7 +198,7 @@ def test_a_killed_instance_is_routed_around_and_its_successor_is_used(cluster, m
         url = cluster.url
 
     kv = kv_config(Router, name, role="kv_producer")
-    successor = Server("successor", model_path(MODEL), logs, kv=kv, flags=EXACT, environment=SECRET)
+    successor = Server("successor", model_path(MODEL), logs, kv=kv, flags=WHOLE, environment=SECRET)
     try:
         successor.ready()
         wait_for(lambda: cluster.instances().get(name, {}).get("url") == successor.url, 20, "the successor joins")
