@@ -20,7 +20,7 @@ help:
 venv: $(STAMP)
 
 # The stamp is written last, so that an install that was broken off is taken up again.
-$(STAMP): pyproject.toml constraints.txt Makefile src/kvferry/transport/_copy.c src/kvferry/transport/_stream.c
+$(STAMP): pyproject.toml constraints.txt Makefile $(wildcard src/kvferry/transport/*.c)
 	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 11) or sys.exit("kvferry needs Python 3.11 or newer; $(PYTHON) is %d.%d: make PYTHON=python3.12 ..." % v[:2])'
 	@echo "[1/3] virtual environment .venv with $$($(PYTHON) --version)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv

@@ -31,7 +31,7 @@ from typing import Any
 from vllm_instances import Registry, Server, Site, add_common, dummy_model, start, stop, tiny_models, wait_for
 from vllm_report import Report
 from vllm_requests import KVFerryPair, Measured, NixlPair, Pair, body, complete, median_ms, post, random_prompt
-from vllm_timeline import timeline
+from vllm_timeline import num_warm, timeline
 
 KV_BYTES_A_TOKEN = 36 * 2 * 8 * 128 * 2
 KV_BYTES = 6_500_000_000
@@ -85,9 +85,7 @@ def measure_prompt(
     alone: list[float] = []
     over: dict[str, list[Measured]] = {p.name: [] for p in pairs}
     same = {p.name: 0 for p in pairs}
-    # Connections, kernels, and a GPU's clocks, which a few short requests do not raise.
-    num_warm = 4 if num_tokens < 10000 else 1
-    for number in range(repeats + num_warm):
+    for number in range(repeats + num_warm(num_tokens)):
         prompt = random_prompt(rng, num_tokens)
         seconds: float = 0.0
         token: list[int] = []
@@ -99,7 +97,7 @@ def measure_prompt(
                 seconds, token = complete(single, prompt, 1)
             else:
                 results[pair.name] = pair.request(prompt)
-        if number < num_warm:
+        if number < num_warm(num_tokens):
             continue
         alone.append(seconds)
         for name, result in results.items():

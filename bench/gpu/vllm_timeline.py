@@ -2,7 +2,7 @@
 
     python bench/gpu/vllm_timeline.py trace-P.txt trace-D.txt 1000,8000,30000 [REPEATS]
 
-Requests came one after the other, an equal number for each prompt length and the first of each a warm-up.
+Requests came one after the other; for each prompt length some to warm up with (`num_warm`), then the measured ones.
 """
 
 from __future__ import annotations
@@ -13,6 +13,13 @@ import sys
 from pathlib import Path
 
 Moments = dict[str, float]
+
+
+def num_warm(num_tokens: int) -> int:
+    """Requests before the measured ones: for connections, kernels, and a GPU's clocks."""
+    return 4 if num_tokens < 10000 else 1
+
+
 SPANS = {
     "source: request known to forward enqueued": (("P", "new"), ("P", "enqueued")),
     "source: forward enqueued to last chunk published": (("P", "enqueued"), ("P", "published")),
@@ -34,8 +41,10 @@ def read(path: Path) -> list[Moments]:
 def rows(source: list[Moments], target: list[Moments], prompts: list[int], repeats: int) -> list[dict[str, object]]:
     """Medians over the requests of each prompt length, in ms."""
     found: list[dict[str, object]] = []
-    for i, num_tokens in enumerate(prompts):
-        first = i * (repeats + 1) + 1
+    last = 0
+    for num_tokens in prompts:
+        first = last + num_warm(num_tokens)
+        last = first + repeats
         spans: dict[str, float] = {}
         for name, ((from_side, from_what), (to_side, to_what)) in SPANS.items():
             values = []

@@ -3,10 +3,10 @@ computed. Pure.
 
 With a chunk computed in C seconds and carried over the link in L, k publications of equal size end max(C, L) +
 min(C, L) / k seconds after the chunk began, whichever is the longer: the shorter one hides behind the longer but for
-its first or last piece. Each publication costs p seconds, so that k = sqrt(min(C, L) / p) is best. Where that is one,
-two unequal pieces may still pay: only so many last layers are left for the end as are computed while the others
-travel. Where more of the prompt follows and the link is the faster side, nothing is to be won: the chunk travels while
-the next one is computed.
+its first or last piece. Each publication costs p seconds, so that k = sqrt(min(C, L) / p) is best. Where the link is
+the faster side, two unequal pieces are better than a few equal ones: only so many last layers are left for the end as
+are computed while the others travel. Where more of the prompt follows and the link is the faster side, nothing is to be
+won: the chunk travels while the next one is computed.
 """
 
 from __future__ import annotations
@@ -84,9 +84,10 @@ def layers_a_publish(
     if not is_last and transfer_s <= compute_s:
         return num_layers
     pieces = math.floor(math.sqrt(min(compute_s, transfer_s) / publish_s))
-    if pieces > 1:
-        return math.ceil(num_layers / min(pieces, num_layers))
-    return num_layers - _layers_left(num_layers, compute_s, transfer_s, link, publish_s) if is_last else num_layers
+    left = _layers_left(num_layers, compute_s, transfer_s, link, publish_s) if is_last else 0
+    if left and left * pieces < num_layers:
+        return num_layers - left
+    return math.ceil(num_layers / min(pieces, num_layers)) if pieces > 1 else num_layers
 
 
 def _layers_left(num_layers: int, compute_s: float, transfer_s: float, link: Link, publish_s: float) -> int:

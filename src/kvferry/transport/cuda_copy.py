@@ -25,7 +25,7 @@ RATES: dict[Path, float] = {"device": 2e12, "peer": 390e9, "host": 55e9}
 seen: a copy that was slow once (a busy GPU) would have the next ones slept through, and so be seen as slow again."""
 
 FIRST_LAUNCH_S = 50e-6
-LONG_LAUNCH_S = 1e-3
+LONG_LAUNCH_S = 1.5e-3
 """Behind a launch that takes longer than this the next one waits, lest both take SMs; it runs beside a shorter one."""
 
 RAMP_FROM_BLOCKS = 4096

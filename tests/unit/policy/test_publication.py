@@ -97,6 +97,13 @@ def test_a_pull_too_short_to_be_cut_evenly_leaves_the_layers_that_hide_the_other
     assert layers_a_publish(**given, tokens_a_s=1000.0, link=Link((36 << 20) / 13e-3, 10e-3, 1 << 40)) == LAYERS - 5  # type: ignore[arg-type]
 
 
+def test_where_the_link_is_the_faster_side_the_last_layers_alone_are_left_rather_than_half_of_them() -> None:
+    # Two H200s, 8,000 tokens in 212 ms, as their pulls were seen: 5.6 ms on the link would be two pieces of 18 layers.
+    chosen = choose(8_000, 210e9, tokens_a_s=37_700)
+    assert chosen == LAYERS - 1
+    assert ends_after_s(chosen, 8_000, 210e9, 37_700) < ends_after_s(18, 8_000, 210e9, 37_700) - 2e-3
+
+
 def test_nothing_seen_yet_is_all_at_once() -> None:
     given = {"num_layers": 4, "layer_bytes": 1 << 30, "num_tokens": 8000, "is_last": True}
     assert layers_a_publish(**given, tokens_a_s=None, link=Link(1e9, 0, 1 << 40)) == 4  # type: ignore[arg-type]
