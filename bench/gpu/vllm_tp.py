@@ -9,9 +9,10 @@ instances of all cases start at once and stay up; cases are measured one after t
 
 The models are the tests' small saved ones, whose output depends on every part of the KV cache (vLLM's dummy weights
 differ with the parallelism). The references are P itself and D itself, each asked without a ticket: single instances of
-the two parallelisms. Over two ranks sums round otherwise than within one, and those of the last token otherwise where it
-is computed alone, so that float32 is used; `references_equal` says how often the two references were the same. `--cpu` tries it out without expert
-parallelism: vLLM 0.32's CPU kernel for experts ends with a segmentation fault under it, without any connector too.
+the two parallelisms. Over two ranks sums round otherwise than within one, and those of the last token otherwise where
+it is computed alone, so that float32 is used; `references_equal` says how often the two references were the same.
+`--cpu` tries it out without expert parallelism: vLLM 0.32's CPU kernel for experts ends with a segmentation fault under
+it, without any connector too.
 """
 
 from __future__ import annotations
