@@ -86,6 +86,7 @@ class Lane:
         self.busy = [False, False]
         self.due_s = [0.0, 0.0]
         self.takes_s = [0.0, 0.0]
+        self.behind = [False, False]
         self.capacity = table_blocks
         self.table = cuda.PinnedArray(4 * table_blocks)
         self.device_table = cuda.allocate(32 * table_blocks)
@@ -309,7 +310,7 @@ class BlockCopier:
         direct = self._direct if mode == COPY else None
         if direct is None or not direct.start(run, first, last, slot, shape, programs):
             self._start(lane, half, run, first, last, mode, slot, shape, programs, out)
-        lane.busy[half] = True
+        lane.busy[half], lane.behind[half] = True, waits
         now = time.perf_counter()
         takes_s = lane.takes_s[half] = nbytes / RATES[run.path]
         lane.due_s[half] = (max(now, lane.due_s[other]) if lane.busy[other] else now) + takes_s
@@ -367,7 +368,7 @@ class BlockCopier:
         lane.busy[half] = False
         if lane.sums is not None:
             lane.sums.take(half)
-        if lane.busy[other]:
+        if lane.busy[other] and lane.behind[other]:
             lane.due_s[other] = max(lane.due_s[other], time.perf_counter() + lane.takes_s[other])
 
     def _is_done(self, lane: Lane, half: int, seconds: float) -> bool:

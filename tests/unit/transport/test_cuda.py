@@ -182,6 +182,39 @@ def test_the_wait_sleeps_until_a_copy_can_be_complete_and_not_longer(
     side.transport.close()
 
 
+@pytest.mark.parametrize("ordered", [False, True])
+def test_launches_that_share_the_link_are_not_waited_for_as_if_each_had_it_alone(
+    gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch, ordered: bool
+) -> None:
+    total = 24 << 20
+    side = Side(1, data_bytes=total, launch_bytes=total // 2)
+    memory = np.zeros(total, dtype=np.uint8)
+    host = Region(region_id=7, address=memory.ctypes.data, nbytes=total, token="", kind="host", buffer=memory)
+    copier = importlib.import_module("kvferry.transport.cuda_copy")
+    takes_s = 2e-3
+    monkeypatch.setitem(copier.RATES, "host", total / takes_s)
+    monkeypatch.setattr(copier, "LONG_LAUNCH_S", 0.5e-3 if ordered else 1.5e-3)
+    now, asked = [0.0], []
+
+    def sleep(seconds: float) -> None:
+        now[0] += seconds
+
+    def is_done(event: int) -> bool:
+        now[0] += 1e-6
+        if event not in asked:
+            asked.append(event)
+        first = event == asked[0]
+        return now[0] >= takes_s * ((0.5 if ordered else 0.8) if first else 1)
+
+    monkeypatch.setattr(copier, "time", type("Clock", (), {"perf_counter": lambda: now[0], "sleep": sleep}))
+    monkeypatch.setattr(copier.cuda, "is_done", is_done)
+    offsets = np.array([0, total // 2])
+    side.transport.copy([BlockList(side.region, host, offsets, offsets, total // 2)], stop=StopToken(), deadline_s=5.0)
+    assert len(gpu.launches) == 2
+    assert takes_s <= now[0] < takes_s + 200e-6
+    side.transport.close()
+
+
 def test_a_guard_whose_word_stands_lets_the_read_pass(pair: Pair) -> None:
     pair.owner.words[3] = 1234567
     pair.read(pair.blocks([0], [0], 64), guard=Guard(1, (1 << 16) + 24, 1234567))
