@@ -52,19 +52,24 @@ def by_block_size(axes: Any, rows: list[dict[str, Any]], where: str) -> None:
 
 
 def by_programs(axes: Any, rows: list[dict[str, Any]], where: str) -> None:
-    """Lines: GB/s over the number of programs, one for each tile."""
-    lines: dict[str, list[tuple[int, float]]] = {}
-    for row in rows:
-        if row["section"] == f"{where} grid":
-            lines.setdefault(row["case"].split(", ")[1], []).append((row["programs"], row["GBps"]))
-    for name, points in lines.items():
-        axes.plot(*zip(*sorted(points), strict=True), marker="o", markersize=3, label=name)
+    """GB/s over the number of programs, and how much slower a model on either side becomes meanwhile."""
+    cost = [r for r in rows if r["section"] == f"{where} cost" and "reader_slower" in r]
+    counts = [int(r["case"].split(" ")[0]) for r in cost]
+    axes.plot(counts, [r["GBps"] for r in cost], marker="o", color="tab:blue", label="GB/s")
+    axes.set_ylim(0, None)
+    slower = axes.twinx()
+    for side, colour in (("reader", "tab:red"), ("owner", "tab:orange")):
+        percent = [100 * r[f"{side}_slower"] for r in cost]
+        slower.plot(counts, percent, marker="s", linestyle="--", color=colour, label=f"{side}'s model slower by, %")
+    slower.set_ylim(min(0, slower.get_ylim()[0]), None)
+    slower.set_ylabel("%")
     axes.set_xscale("log", base=2)
+    axes.set_xticks(counts, [str(c) for c in counts])
     axes.set_xlabel("programs (at most one SM each up to 132)")
     axes.set_ylabel("GB/s")
-    axes.set_title("64 KiB blocks, by programs and tile")
-    if lines:
-        axes.legend(fontsize=7)
+    axes.set_title("64 KiB blocks pulled beside matrix products")
+    lines = axes.get_lines() + slower.get_lines()
+    axes.legend(lines, [line.get_label() for line in lines], fontsize=7, loc="center left")
 
 
 def main() -> int:
