@@ -36,12 +36,15 @@ from kvferry.pool import BlockSpace, PoolAttachment  # noqa: E402
 LAYER_BYTES = 65536
 WAIT_S = 60.0
 PIN_LIMIT_S = 60.0
+SWITCH_INTERVAL_S = 0.0005
+"""As the connector for vLLM sets it: loads and the decode beside them share an interpreter, here and there."""
 
 
 class Bench:
     """A KV cache, its attachment, and a node."""
 
     def __init__(self, options: argparse.Namespace) -> None:
+        sys.setswitchinterval(SWITCH_INTERVAL_S)
         self.on_gpu, self.num_layers, self.num_blocks = not options.cpu, options.layers, options.blocks
         self.block_bytes = LAYER_BYTES * self.num_layers
         arena = (2 * options.rounds + 4) * options.batch * self.block_bytes

@@ -37,8 +37,8 @@ from kvferry.transport.cuda_copy import BlockCopier, CudaSettings, Run
 NUM_PIECES = 4
 """A save has two at a time, and so has a load: one that is filled and one that is emptied."""
 
-SETTINGS = CudaSettings(spin_s=0.0, programs_small=32)
-"""Gentler than a handoff's, as nobody waits for a save: PCIe is the limit with few programs, too (not measured yet)."""
+SETTINGS = CudaSettings(spin_s=0.0, awake_s=0.0, programs_small=32)
+"""Gentler than a handoff's, as nobody waits for a save: PCIe is the limit with few programs, too (docs/pool.md)."""
 
 NUM_THREADS = 4
 

@@ -30,9 +30,10 @@ LONG_LAUNCH_S = 1.5e-3
 
 RAMP_FROM_BLOCKS = 4096
 TABLE_S_A_BLOCK = 2e-9
-SLEEP_FROM_S, SPIN_S = 300e-6, 1e-3
-"""A copy that takes longer is waited for asleep: where looking for it takes the GIL, and where it does not. Asleep, a
-core loses its caches and its clock, and the next read begins up to 100 us later."""
+SLEEP_FROM_S = 300e-6
+"""A copy that takes longer is waited for asleep where looking for it takes the GIL."""
+
+SPIN_S = 1e-3
 SMALL_BLOCK_BYTES = 16 << 10
 
 
@@ -47,7 +48,9 @@ class CudaSettings(msgspec.Struct, frozen=True, kw_only=True):
     A kernel that runs can't be stopped: a launch moves at most `launch_bytes` or what takes `launch_s`, and at most
     two are under way. The kernel reads the table of a small launch of up to `direct_blocks` blocks from host memory;
     others are uploaded first, for a persistent program would wait for each entry. The wait for a copy sleeps until it
-    can be complete, then looks all the time for `spin_s`, then every `sleep_s`.
+    can be complete, then looks all the time for `spin_s`, then every `sleep_s`. A copy of up to `awake_s` is waited for
+    without sleep and without the GIL: asleep, a core loses its caches and its clock, so that the next read begins 30 to
+    100 us later (docs/transfer-gpu.md).
     """
 
     programs_device: int = 264
@@ -60,6 +63,7 @@ class CudaSettings(msgspec.Struct, frozen=True, kw_only=True):
     direct_blocks: int = 2048
     lanes: int = 4
     spin_s: float = 300e-6
+    awake_s: float = 4e-3
     sleep_s: float = 50e-6
     stuck_after_s: float = 30.0
 
@@ -382,7 +386,7 @@ class BlockCopier:
         now = started = time.perf_counter()
         spin_until = max(due, started) + settings.spin_s if hurry else 0.0
         # A sleep ends late, by some 60 us on Linux.
-        awake_s = SLEEP_FROM_S if self._direct is None or not hurry else SPIN_S
+        awake_s = settings.awake_s if self._direct is not None and hurry else SLEEP_FROM_S
         if (ahead := due - started) > awake_s:
             time.sleep(ahead - awake_s / 2)
             now = time.perf_counter()

@@ -182,6 +182,40 @@ def test_the_wait_sleeps_until_a_copy_can_be_complete_and_not_longer(
     side.transport.close()
 
 
+@pytest.mark.parametrize(("awake_s", "sleeps"), [(4e-3, 0), (1e-3, 1)])
+def test_a_core_stays_awake_through_a_short_copy_where_that_takes_no_gil(
+    gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch, awake_s: float, sleeps: int
+) -> None:
+    total = 24 << 20
+    side = Side(1, data_bytes=total, launch_bytes=total, awake_s=awake_s)
+    memory = np.zeros(total, dtype=np.uint8)
+    host = Region(region_id=7, address=memory.ctypes.data, nbytes=total, token="", kind="host", buffer=memory)
+    copier = importlib.import_module("kvferry.transport.cuda_copy")
+    monkeypatch.setitem(copier.RATES, "host", total / 3e-3)
+    now, slept = [0.0], []
+
+    class OffTheGil:
+        """Starts nothing itself; the event comes after 3 ms."""
+
+        def start(self, *_: object) -> bool:
+            return False
+
+        def wait(self, event: int, seconds: float) -> bool:
+            now[0] = min(now[0] + seconds, max(now[0], 3e-3))
+            return now[0] >= 3e-3
+
+    def sleep(seconds: float) -> None:
+        slept.append(seconds)
+        now[0] += seconds
+
+    side.transport.copier(side.region.device)._direct = OffTheGil()
+    monkeypatch.setattr(copier, "time", type("Clock", (), {"perf_counter": lambda: now[0], "sleep": sleep}))
+    zeros = np.zeros(1, dtype=np.int64)
+    side.transport.copy([BlockList(side.region, host, zeros, zeros, total)], stop=StopToken(), deadline_s=5.0)
+    assert len(slept) == sleeps and now[0] == 3e-3
+    side.transport.close()
+
+
 @pytest.mark.parametrize("ordered", [False, True])
 def test_launches_that_share_the_link_are_not_waited_for_as_if_each_had_it_alone(
     gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch, ordered: bool
