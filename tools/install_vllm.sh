@@ -11,7 +11,7 @@ cd "$(dirname "$0")/.."
 VENV=${1:-.venv-vllm}
 VERSION=${2:-0.32.0}
 STAMP="$VENV/kvferry-install.stamp"
-RECIPE="$VERSION $(cat "$0" pyproject.toml | sha256sum | cut -d' ' -f1)"
+RECIPE="$VERSION $(cat "$0" pyproject.toml src/kvferry/transport/*.c | sha256sum | cut -d' ' -f1)"
 
 if [ -f "$STAMP" ] && [ "$(cat "$STAMP")" = "$RECIPE" ]; then
   echo "vLLM $VERSION stands in $VENV"
