@@ -19,7 +19,15 @@ import pytest
 from kvferry.transport.checksum import SUM, sums_of_blocks
 
 PACKAGES = {
-    "kvferry.transport": ("cuda", "cuda_merge", "cuda_copy", "cuda_direct", "cuda_runtime", "cuda_kernels"),
+    "kvferry.transport": (
+        "cuda",
+        "cuda_merge",
+        "cuda_copy",
+        "cuda_direct",
+        "cuda_lanes",
+        "cuda_runtime",
+        "cuda_kernels",
+    ),
     "kvferry.pool": ("device", "pinning"),
 }
 
