@@ -50,8 +50,8 @@ class CudaSettings(msgspec.Struct, frozen=True, kw_only=True):
     two are under way. The kernel reads the table of a small launch of up to `direct_blocks` blocks from host memory;
     others are uploaded first, for a persistent program would wait for each entry. The wait for a copy sleeps until it
     can be complete, then looks all the time for `spin_s`, then every `sleep_s`. A copy of up to `awake_s` is waited for
-    without sleep and without the GIL: asleep, a core loses its caches and its clock, so that the next read begins 30 to
-    100 us later (docs/transfer-gpu.md).
+    without sleep and without the GIL: asleep, a core loses its caches and its clock, so that the next read begins some
+    25 us later, and more where it is slow (docs/transfer-gpu.md).
     """
 
     programs_device: int = 264
@@ -180,12 +180,24 @@ class BlockCopier:
     def _load_word(self, lane: Lane, half: int, word: int) -> None:
         """On the stream of the half launched last, behind the copies of both; that half's event moves behind it."""
         slot = lane.slots[half][False][lane.busy[half ^ 1]]
-        if self._direct is None or not self._direct.load_word(word, lane.word.address, slot):
-            if slot.behind:
-                cuda.wait_for(slot.stream, lane.done[half ^ 1])
-            self._launcher.load_word(word, lane.word.address, stream=slot.stream)
-            cuda.record(lane.done[half], slot.stream)
         lane.busy[half] = True
+        try:
+            if self._direct is None or not self._direct.load_word(word, lane.word.address, slot):
+                if slot.behind:
+                    cuda.wait_for(slot.stream, lane.done[half ^ 1])
+                self._launcher.load_word(word, lane.word.address, stream=slot.stream)
+                cuda.record(lane.done[half], slot.stream)
+        except BaseException:
+            self._record_what_began(lane, half)
+            raise
+
+    def _record_what_began(self, lane: Lane, half: int) -> None:
+        """A start failed, perhaps behind its launch: move the event there, so that it is waited for (T4). Where not even
+        that can be done, nothing that the launch may touch is released."""
+        try:
+            cuda.record(lane.done[half], lane.streams[half])
+        except TransportError:
+            self.stuck = True
 
     def close(self) -> None:
         """Free the lanes; no copy may be running."""
@@ -226,9 +238,13 @@ class BlockCopier:
         shape = tile or tile_for(run.nbytes, nbytes)
         programs = self._settings.programs_small if small else self._programs_for(run)
         direct = self._direct if mode == COPY else None
-        if direct is None or not direct.start(run, first, last, slot, shape, programs):
-            self._start(lane, half, run, first, last, mode, slot, shape, programs, out)
         lane.busy[half], lane.behind[half] = True, waits
+        try:
+            if direct is None or not direct.start(run, first, last, slot, shape, programs):
+                self._start(lane, half, run, first, last, mode, slot, shape, programs, out)
+        except BaseException:
+            self._record_what_began(lane, half)
+            raise
         now = time.perf_counter()
         takes_s = lane.takes_s[half] = nbytes / RATES[run.path]
         lane.due_s[half] = (max(now, lane.due_s[other]) if lane.busy[other] else now) + takes_s

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import secrets
 import threading
@@ -180,6 +181,89 @@ def test_the_wait_sleeps_until_a_copy_can_be_complete_and_not_longer(
     takes_s = total / copier.RATES["host"]
     assert len(slept) == 2 and all(takes_s / 2 < seconds < takes_s for seconds in slept)
     side.transport.close()
+
+
+def test_a_start_that_fails_behind_its_launch_is_waited_for_and_its_lane_stays_good(gpu: FakeGpu) -> None:
+    pair = Pair()
+    gpu.late, gpu.pending = True, 3
+
+    def fail() -> None:
+        raise TransportError("cuEventRecord failed: CUDA error 1")
+
+    gpu.on_launch = fail
+    with pytest.raises(TransportError, match="cuEventRecord"):
+        pair.read(pair.blocks([0], [0], 64))
+    # What was launched has run, so that nothing lands any more.
+    assert np.array_equal(pair.reader.memory[:64], pair.owner.memory[:64])
+    gpu.on_launch = None
+    pair.read(pair.blocks([64], [64], 64))
+    assert np.array_equal(pair.reader.memory[:128], pair.owner.memory[:128])
+    pair.close()
+
+
+def test_where_not_even_an_event_can_be_set_nothing_is_used_again(
+    gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pair = Pair()
+    copier = importlib.import_module("kvferry.transport.cuda_copy")
+
+    def fail(*_: object) -> None:
+        raise TransportError("cudaEventRecord failed: CUDA error 700")
+
+    monkeypatch.setattr(copier.cuda, "record", fail)
+    with pytest.raises(TransportError, match="700"):
+        pair.read(pair.blocks([0], [0], 64))
+    monkeypatch.undo()
+    with pytest.raises(TransportError, match="restart this process"):
+        pair.read(pair.blocks([0], [0], 64))
+
+
+@pytest.mark.parametrize("in_c", [False, True])
+def test_the_word_is_loaded_behind_the_launches_of_both_streams(
+    gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch, in_c: bool
+) -> None:
+    pair = Pair(launch_bytes=4096)
+    pair.owner.words[3] = 77
+    copier = importlib.import_module("kvferry.transport.cuda_copy")
+    recorded: dict[int, int] = {}
+    waited: list[tuple[int, int]] = []
+    loaded_on: list[int] = []
+
+    class OffTheGil:
+        def start(self, *_: object) -> bool:
+            return False
+
+        def wait(self, event: int, seconds: float) -> bool:
+            return gpu.is_done(event)
+
+        def load_word(self, word: int, to: int, slot: Any) -> bool:
+            waited.append((slot.stream, slot.behind))
+            loaded_on.append(slot.stream)
+            ctypes.memmove(to, word, 8)
+            return True
+
+    of_reader = pair.reader.transport.copier(pair.reader.region.device)
+    if in_c:
+        of_reader._direct = OffTheGil()
+    record, load_word = copier.cuda.record, of_reader._launcher.load_word
+    gpu.pending = 5
+    monkeypatch.setattr(
+        copier.cuda, "record", lambda event, stream: (recorded.update({event: stream}), record(event, stream))
+    )
+    monkeypatch.setattr(copier.cuda, "wait_for", lambda stream, event: waited.append((stream, event)))
+    monkeypatch.setattr(
+        of_reader._launcher,
+        "load_word",
+        lambda word, slot, *, stream: (loaded_on.append(stream), load_word(word, slot, stream=stream)),
+        raising=False,
+    )
+    offsets = list(range(0, 8192, 64))
+    pair.read(pair.blocks(offsets, offsets, 64), guard=Guard(1, (1 << 16) + 24, 77))
+    assert len(gpu.launches) == 2 and len(loaded_on) == 1
+    others = {stream for stream in recorded.values() if stream != loaded_on[0]}
+    assert len(others) == 1, "two launches, two streams"
+    assert {recorded[event] for stream, event in waited if stream == loaded_on[0] and event} >= others
+    pair.close()
 
 
 @pytest.mark.parametrize(("awake_s", "sleeps"), [(4e-3, 0), (1e-3, 1)])

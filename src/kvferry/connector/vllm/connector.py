@@ -287,7 +287,8 @@ class KVFerryConnector(*_BASES):  # type: ignore[misc]
 
     def set_xfer_handshake_metadata(self, metadata: dict[int, KVFerryAddress]) -> None:
         ranks = [metadata[rank] for rank in sorted(metadata)]
-        self._worker_here = _WORKERS_HERE.get(self._engine_id)
+        # Taken out: an id that a user gave to two engines of one process must not show one the other's arrivals.
+        self._worker_here = _WORKERS_HERE.pop(self._engine_id, None)
         if self._worker_here is not None:
             self._worker_here.scheduler_is_here = True
         self._registration.join(tuple(rank.address for rank in ranks))
