@@ -192,8 +192,10 @@ class BlockCopier:
             raise
 
     def _record_what_began(self, lane: Lane, half: int) -> None:
-        """A start failed, perhaps behind its launch: move the event there, so that it is waited for (T4). Where not even
-        that can be done, nothing that the launch may touch is released."""
+        """A start failed, perhaps behind its launch: move the event there, so that it is waited for (T4).
+
+        Where not even that can be done, nothing that the launch may touch is released.
+        """
         try:
             cuda.record(lane.done[half], lane.streams[half])
         except TransportError:
