@@ -76,6 +76,7 @@ class SourceRecord:
     heard_tick_s: float | None = None
     heard_sequence: int = 0
     closed_as: str = ""
+    closed_why: str = ""
     counted_peer: Incarnation | None = None  # whose bound in `max_per_peer` this entry uses up
     story: Story = field(default_factory=new_story)
 

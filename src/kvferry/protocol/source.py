@@ -230,7 +230,7 @@ class SourceHandoffs(SourceTable):
             record.prompt_digest = message.prompt_digest
             record.until_s = min(now_s + self.settings.lease_ttl_s, record.deadline_s + self.settings.lease_ttl_s)
         elif record.state is SourceState.RELEASED:
-            return [self._gone(message, now_s, record.closed_as)]
+            return [self._gone(message, now_s, record.closed_as, record.closed_why)]
         elif message.prompt_digest != record.prompt_digest:
             record.subscribed = True
             return self._close(record, ReleaseReason.FAILED, "prompt_mismatch", now_s, gone="prompt_mismatch")
@@ -242,8 +242,9 @@ class SourceHandoffs(SourceTable):
 
     def _on_heartbeat(self, record: SourceRecord | None, message: Heartbeat, now_s: float) -> list[Action]:
         if record is None or record.state in (SourceState.PARKED, SourceState.RELEASED):
-            reason = record.closed_as if record is not None and record.closed_as else "unknown"
-            return [self._gone(message, now_s, reason)]
+            if record is None or not record.closed_as:
+                return [self._gone(message, now_s, "unknown")]
+            return [self._gone(message, now_s, record.closed_as, record.closed_why)]
         first_run = 0
         if record.lease is not None and message.word == record.lease.word:
             first_run = max(0, min(message.runs_known, len(record.runs)))
@@ -292,7 +293,8 @@ class SourceHandoffs(SourceTable):
                     self._forget(record)
                     continue
             elif record.lease.expires_s <= now_s:
-                out += self._close(record, ReleaseReason.EXPIRED, None, now_s, gone="expired")
+                why = f"nothing was heard of the decode instance for {self.settings.lease_ttl_s:g} s, the lease's time"
+                out += self._close(record, ReleaseReason.EXPIRED, why, now_s, gone="expired")
                 continue
             self._arm(record)
         return out
@@ -330,13 +332,13 @@ class SourceHandoffs(SourceTable):
         out = self._release(record, reason, cause)
         if record.state is not SourceState.RELEASED:
             record.state = SourceState.RELEASED
-            record.closed_as = gone
+            record.closed_as, record.closed_why = gone, cause or ""
             record.runs, record.seal = [], None
             record.until_s = record.deadline_s + self.settings.lease_ttl_s
             self._tell(record, now_s, f"released: {reason}" + (f" ({cause})" if cause else ""))
         if record.subscribed:
             record.subscribed = False
-            out.append(Send(record.target, self._gone_message(record, now_s, cause)))
+            out.append(Send(record.target, self._gone_message(record, now_s)))
         self._entomb(record)
         return out
 

@@ -165,7 +165,7 @@ class SourceTable(HandoffTable[SourceRecord]):
         )
         return [Send(record.target, state)]
 
-    def _gone(self, asked: Message, now_s: float, reason: str) -> Send:
+    def _gone(self, asked: Message, now_s: float, reason: str, detail: str = "") -> Send:
         """The answer to a message about something that is not here."""
         self.counts[reason] += 1
         gone = Gone(
@@ -177,10 +177,11 @@ class SourceTable(HandoffTable[SourceRecord]):
             tick_s=now_s,
             echo_s=asked.tick_s,
             reason=reason,
+            detail=detail,
         )
         return Send(asked.target, gone)
 
-    def _gone_message(self, record: SourceRecord, now_s: float, cause: str | None) -> Gone:
+    def _gone_message(self, record: SourceRecord, now_s: float) -> Gone:
         return Gone(
             handoff=record.handoff,
             source=self.incarnation,
@@ -190,7 +191,7 @@ class SourceTable(HandoffTable[SourceRecord]):
             tick_s=now_s,
             echo_s=record.heard_tick_s,
             reason=record.closed_as,
-            detail=cause or "",
+            detail=record.closed_why,
         )
 
     # Looking in ----------------------------------------------------------------------------------------------------

@@ -156,6 +156,13 @@ def test_the_stage_tells_whose_fault_a_deadline_is() -> None:
     assert "more KV blocks on decode-0" in reserving.fix
 
 
+@pytest.mark.parametrize("reason", ["expired", "revoked", "failed", "cancelled", "refused", "unknown"])
+def test_whatever_the_source_answers_has_a_meaning_and_a_remedy(reason: str) -> None:
+    (finding,) = said(handoffs=[], recent=[ended("recomputed", f"source_{reason}")])
+    assert "; prefill-0 " in finding.seen or "at prefill-0" in finding.seen
+    assert finding.fix
+
+
 def test_most_of_them_recomputed_is_one_finding_of_its_own_and_failures_are_errors() -> None:
     (mostly,) = said(handoffs=[], recent=[ended("recomputed", "source_silent")] * 5)
     assert mostly.id == "KVF111"

@@ -110,6 +110,9 @@ def sealed() -> Machine:
     return machine
 
 
+SILENCE = "nothing was heard of the decode instance for 3 s, the lease's time"
+
+
 def released(reason: ReleaseReason, cause: str | None = None, *, slot: int = 0, word: Word = W1) -> list[Action]:
     return [ZeroWord(slot), ReleaseBlocks(H, word, reason, cause)]
 
@@ -222,16 +225,17 @@ def test_a_lease_without_heartbeats_expires_and_the_word_falls_first() -> None:
     machine = streaming()
     assert machine.do(Tick(), 2.9) == []
     actions = machine.do(Tick(), 3.0)
-    assert actions[:2] == released(ReleaseReason.EXPIRED)
-    assert [m.reason for m in sent(actions) if isinstance(m, Gone)] == ["expired"]
+    assert actions[:2] == released(ReleaseReason.EXPIRED, SILENCE)
+    told = [(m.reason, m.detail) for m in sent(actions) if isinstance(m, Gone)]
+    assert told == [("expired", SILENCE)]
     assert machine.do(Published(H, RUNS[0]), 3.1) == [] and machine.do(Sealed(H), 3.1) == []
-    assert [m.reason for m in sent(machine.hear(subscribe(), 3.2)) if isinstance(m, Gone)] == ["expired"]
+    assert [(m.reason, m.detail) for m in sent(machine.hear(subscribe(), 3.2)) if isinstance(m, Gone)] == told
 
 
 def test_a_target_that_never_asks_does_not_keep_blocks() -> None:
     machine = Machine()
     machine.do(offered(), 0.0)
-    assert machine.do(Tick(), 3.0) == released(ReleaseReason.EXPIRED)
+    assert machine.do(Tick(), 3.0) == released(ReleaseReason.EXPIRED, SILENCE)
 
 
 def test_a_heartbeat_renews_from_its_echo_not_from_its_arrival() -> None:
@@ -239,7 +243,7 @@ def test_a_heartbeat_renews_from_its_echo_not_from_its_arrival() -> None:
     machine.hear(Heartbeat(**head(sequence=2, echo_s=2.0, word=W1)), 2.5)
     assert machine.table.next_timer_s() == 5.0
     machine.hear(Heartbeat(**head(sequence=3, echo_s=2.0, word=W1)), 4.9)
-    assert machine.do(Tick(), 5.0)[:2] == released(ReleaseReason.EXPIRED)
+    assert machine.do(Tick(), 5.0)[:2] == released(ReleaseReason.EXPIRED, SILENCE)
 
 
 def test_no_heartbeat_keeps_blocks_beyond_deadline_and_lease() -> None:
@@ -247,7 +251,7 @@ def test_no_heartbeat_keeps_blocks_beyond_deadline_and_lease() -> None:
     for tenth in range(5, 140):
         machine.hear(Heartbeat(**head(sequence=tenth, echo_s=tenth / 10 - 0.1, word=W1)), tenth / 10)
         if actions := machine.do(Tick(), tenth / 10):
-            assert tenth == 130 and actions[:2] == released(ReleaseReason.EXPIRED)
+            assert tenth == 130 and actions[:2] == released(ReleaseReason.EXPIRED, SILENCE)
             return
     pytest.fail("still leased")
 
@@ -263,7 +267,7 @@ def test_a_heartbeat_that_waited_through_a_stall_revives_nothing() -> None:
     machine = sealed()
     machine.do(Stalled(5.0), 5.4)
     machine.hear(Heartbeat(**head(sequence=2, echo_s=0.4, word=W1)), 5.4)
-    assert machine.do(Tick(), 5.7)[:2] == released(ReleaseReason.EXPIRED)
+    assert machine.do(Tick(), 5.7)[:2] == released(ReleaseReason.EXPIRED, SILENCE)
 
 
 def test_while_the_serving_loop_hangs_heartbeats_are_not_answered_and_renew_nothing() -> None:
@@ -301,7 +305,7 @@ def test_preemption_ends_one_lease_and_opens_another_with_a_new_word_in_another_
     assert machine.do(Published(H, RUNS[0], W1), 1.1) == []  # computed under the word before
     assert len(machine.do(Published(H, RUNS[0], W2), 1.1)) == 1
     assert machine.hear(Ack(**head(word=W1)), 1.2) == []
-    assert machine.do(Tick(), 3.0)[:2] == released(ReleaseReason.EXPIRED, slot=1, word=W2)
+    assert machine.do(Tick(), 3.0)[:2] == released(ReleaseReason.EXPIRED, SILENCE, slot=1, word=W2)
 
 
 @pytest.mark.parametrize(

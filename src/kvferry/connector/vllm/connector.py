@@ -213,7 +213,7 @@ class KVFerryConnector(*_BASES):  # type: ignore[misc]
         if worker is None:
             return None, None
         if self.has_connector_metadata() and self._plan().is_empty_step:
-            worker.wait_for_news(EMPTY_STEP_S, also=pool is not None and pool.is_loading)
+            worker.wait_for_news(EMPTY_STEP_S, also=pool is not None and not pool.is_idle())
         sent, loaded = worker.finished(finished_req_ids)
         if pool is None:
             return sent, loaded

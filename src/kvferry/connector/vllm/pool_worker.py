@@ -121,11 +121,6 @@ class PoolWorkerHalf:
         # Held while a save is begun or dropped, so that none begins after its blocks were given away.
         self._saving = threading.Lock()
 
-    @property
-    def is_loading(self) -> bool:
-        """Whether a request waits for a load."""
-        return bool(self._loads)
-
     def is_idle(self) -> bool:
         """Whether nothing is loaded or saved."""
         return not self._loads and not self._saves

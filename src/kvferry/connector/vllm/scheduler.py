@@ -378,8 +378,9 @@ class SchedulerHalf:
         )
         if state in (TerminalState.RECOMPUTED, TerminalState.FAILED):
             _log.warning(
-                "handoff %s of request %s from %s: %s in stage %s: %s: %s",
-                outcome.handoff, request_id, target.ticket.source.instance_id, state, stage, cause, detail,
+                "handoff %s of request %s from %s: %s in stage %s: %s",
+                outcome.handoff, request_id, target.ticket.source.instance_id, state, stage,
+                f"{cause}: {detail}" if detail else cause,
             )  # fmt: skip
         in_spite = outcome.tokens_computed - 1 if state is TerminalState.RECOMPUTED else 0
         self._on_outcome(outcome, in_spite)

@@ -209,13 +209,17 @@ class WorkerHalf:
             self._layers_published = len(self._layers)
 
     def wait_for_news(self, seconds: float, *, also: bool = False) -> None:
-        """In a step that computes nothing, wait a little for a load to end rather than find out one step later.
+        """In a step that computes nothing, wait a little for a load to end, or for blocks to be released.
+
+        So that this is known now and not one step later, and because vLLM takes the next empty step at once: a loop so
+        tight that on a busy machine the threads that it waits for get the interpreter too seldom to ever end it.
 
         Args:
-            also: a load from elsewhere sets `news` too, and is under way.
+            also: loads or saves elsewhere set `news` too, and are under way.
         """
         loads = [target for target in self._targets.values() if target.block_ids]
-        if (also or loads) and not any(target.is_over() for target in loads):
+        is_held = any(source.open for source in self._sources.values())
+        if (also or loads or is_held) and not any(target.is_over() for target in loads):
             self._news.wait(seconds)
         self._news.clear()
 

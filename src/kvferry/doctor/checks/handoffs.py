@@ -23,6 +23,32 @@ _MEANINGS = {
         "{prefill} took the subscription and then said nothing: its process was stopped or its network went away",
         "look at {prefill}: is it stopped, is its node gone?",
     ),
+    "source_expired": (
+        "{prefill} let the blocks go when their lease ended, as it heard nothing of {decode}: {decode} took up the "
+        "request too late, or the threads that answer for one of them got no processor",
+        "look at the queue of {decode} in kvferry top and at the processor load of both nodes; a longer lease_ttl_s "
+        "bears longer pauses",
+    ),
+    "source_revoked": (
+        "{prefill} needed the room and took the blocks back before {decode} had read them",
+        "more KV blocks on {prefill}, fewer requests at once, or another prefill instance",
+    ),
+    "source_failed": (
+        "the prefill of this request failed at {prefill}",
+        "read the log of {prefill} at that time",
+    ),
+    "source_cancelled": (
+        "the request was cancelled at {prefill} while {decode} still waited for it",
+        "none if the client went away; else read why {prefill} aborted it",
+    ),
+    "source_refused": (
+        "{prefill} had no room for another open handoff",
+        "fewer requests at once, or another prefill instance",
+    ),
+    "source_unknown": (
+        "{prefill} knows nothing of this handoff (any more): the request never came there, or it ended long before",
+        "kvferry doctor --router URL --probe: does something between router and {prefill} drop kv_transfer_params?",
+    ),
     "peer_gone": (
         "the connection to {prefill} broke or could not be opened: its process ended, or its address is not reached",
         "start {prefill} again; if it runs, kvferry doctor --prefill PID --decode PID --probe",

@@ -97,14 +97,14 @@ SAVE = PoolSave("r", 1, 4, [b"b", b"c"], [8, 9])
 
 def test_a_load_ends_the_wait_once_with_all_its_blocks(made):
     assert made.step(pool_loads=[LOAD]) == (set(), set())
-    assert made.half.is_loading
+    assert not made.half.is_idle()
     made.device.complete()
     assert made.pool.loads[0][:2] == ([b"a", b"b", b"c"], [7, 8, 9])
     made.pool.loads[0][2].value = loaded(3)
     assert made.step() == (set(), {"r"})
     assert (made.half.take_failed_blocks(), made.good) == (set(), [[7, 8, 9]])
     assert made.step() == (set(), set())
-    assert not made.half.is_loading and made.half.is_idle()
+    assert made.half.is_idle()
     assert made.data["pool_loads"] == {"whole": 1}
     assert (made.data["pool_loaded_blocks"], made.data["pool_loaded_bytes"]) == ({"host": 3}, 300)
 
@@ -125,7 +125,7 @@ def test_a_load_begins_behind_the_forwards_before_its_step_and_not_behind_its_ow
     plan = StepPlan(pool_loads=[LOAD])
     made.half.begin_step(plan)
     assert made.pool.loads == [], "an earlier forward may still write into these blocks"
-    assert made.half.is_loading and not made.half.is_idle()
+    assert not made.half.is_idle()
     assert made.half.finished(set()) == (set(), set())
     own_forward = len(made.device.actions)
     made.half.start_loads(plan)

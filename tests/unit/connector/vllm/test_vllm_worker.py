@@ -320,6 +320,26 @@ def test_sizes_that_do_not_divide_fail_the_load_and_hold_nothing(node):
     assert half.take_reports()[0].outcome.cause == "compatibility_error"
 
 
+@pytest.mark.parametrize("is_elsewhere", [False, True])
+def test_an_empty_step_waits_while_blocks_are_held(node, is_elsewhere):
+    """vLLM would take the next one at once, and starve the threads that end it."""
+    news, held = threading.Event(), ticket("source")
+    half = make(node, news=news)
+    if not is_elsewhere:
+        half.begin_step(StepPlan(offers=[offer(held)]))
+        half.finished({"r"})
+    began = time.monotonic()
+    half.wait_for_news(0.03, also=is_elsewhere)
+    assert time.monotonic() - began >= 0.03
+    timer = threading.Timer(0.01, lambda: (node.release(held.handoff), news.set()))
+    timer.start()
+    half.wait_for_news(60, also=is_elsewhere)
+    timer.join()
+    assert time.monotonic() - began < 30
+    if not is_elsewhere:
+        assert half.finished(set()) == ({"r"}, set())
+
+
 def test_an_empty_step_waits_for_a_load_but_never_without_one(node):
     news = threading.Event()
     half = make(node, news=news)
