@@ -79,7 +79,7 @@ def start_pair(model_path, registry, logs):
         for server in (prefill, decode):
             # The first forward compiles for seconds while it holds the interpreter: no handoff should wait for that.
             complete(server.url, prompt_of(700, seed=999_999), 2)
-        wait_for(lambda: {"P", "D"} <= set(registry.reports), 10, "both instances register")
+        wait_for(lambda: {"P", "D"} <= set(registry.reports), "both instances register")
         return pairs[-1]
 
     yield start

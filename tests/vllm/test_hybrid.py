@@ -5,7 +5,7 @@ freed before the prompt is whole.
 """
 
 import pytest
-from serving import PATIENT, complete, prompt_of
+from serving import PATIENCE_S, PATIENT, complete, prompt_of
 
 NUM_TOKENS = 8
 LENGTHS = (1, 128, 257, 385, 700, 1900)
@@ -66,7 +66,7 @@ def test_several_at_a_time_and_prefixes_that_are_there(pair, all_free_after):
     shared = prompt_of(5 * BLOCK, seed=7_000)
     prompts = [shared + prompt_of(n, seed=7_001 + n) for n in (3, 130, 400)] + [prompt_of(600, seed=7_500)]
     sent = [pair.send(prompt, NUM_TOKENS) for prompt in prompts]
-    answers = [decode.result(90)[1]["choices"][0]["token_ids"] for _, decode, _ in sent]
+    answers = [decode.result(PATIENCE_S)[1]["choices"][0]["token_ids"] for _, decode, _ in sent]
     assert answers == [complete(pair.prefill.url, prompt, NUM_TOKENS) for prompt in prompts]
     assert {pair.registry.outcome(handoff).state for _, _, handoff in sent} == {"delivered"}
     longer = prompts[1] + prompt_of(200, seed=7_900)
@@ -85,7 +85,7 @@ def test_a_corrupt_byte_is_recomputed_in_all_layers(pair, all_free_after):
 def test_what_leaves_the_sources_window_is_there_until_the_target_has_it(pair, all_free_after):
     """The source decodes until vLLM frees the first block of the prompt's window, and computes others in there."""
     prompt = prompt_of(5 * BLOCK, seed=8_500)  # what is decoded goes into other blocks
-    source, target = pair.tickets(deadline_s=60.0)
+    source, target = pair.tickets()
     prefill = complete(pair.prefill.url, prompt, BLOCK + 8, kv_transfer_params=source.as_params())
     for seed in range(8_501, 8_506):
         complete(pair.prefill.url, prompt_of(1900, seed=seed), 1)

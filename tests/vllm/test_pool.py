@@ -4,10 +4,11 @@ import signal
 import time
 
 import pytest
-from serving import BLOCK, PATIENT, Pair, Server, complete, kv_config, post_completion, prompt_of, wait_for
+from serving import BLOCK, PATIENCE_S, PATIENT, Pair, Server, complete, kv_config, post_completion, prompt_of, wait_for
 
 NUM_TOKENS = 16
-WAIT_S = 5.0
+WAIT_S = 8.0
+POOL = {"pool_wait_s": WAIT_S, "pool_deadline_s": WAIT_S}
 LENGTHS = (129, 300, 1000, 1900)
 # No seed of hashes from the environment: the connector sees to it that all processes name a block alike.
 ENVIRONMENT = {"VLLM_SERVER_DEV_MODE": "1", "PYTHONHASHSEED": None}
@@ -20,7 +21,7 @@ def pool_config(node, **extra):
         "kv_connector_module_path": "kvferry.connector.vllm",
         "kv_role": "kv_both",
         "kv_load_failure_policy": "recompute",
-        "kv_connector_extra_config": {"pool": node.address, "pool_wait_s": WAIT_S, **extra},
+        "kv_connector_extra_config": {"pool": node.address, **POOL, **extra},
     }
 
 
@@ -39,7 +40,7 @@ def wait_until_used_again(server, prompt):
         server.wait_all_free()
         return server.metric(LOADED) > loaded
 
-    wait_for(is_loaded, 30, "the pool is used again")
+    wait_for(is_loaded, "the pool is used again")
 
 
 class Talk:
@@ -89,7 +90,7 @@ def filled(single, model_path, logs, pool_node):
 def pair(filled, registry, model_path, logs, pool_node, flags):
     """A fresh prefill and a fresh decode instance with that pool."""
     environment = {**ENVIRONMENT, "KVFERRY_TEST_FLAGS": str(flags)}
-    settings = {**PATIENT, "pool_wait_s": WAIT_S, "pool": pool_node.address, "on_loaded": "pool_hooks:zero_on_flag"}
+    settings = {**PATIENT, **POOL, "pool": pool_node.address, "on_loaded": "pool_hooks:zero_on_flag"}
     servers = [
         Server(
             name,
@@ -104,7 +105,7 @@ def pair(filled, registry, model_path, logs, pool_node, flags):
         for server in servers:
             server.ready()
             complete(server.url, prompt_of(120, seed=999_999), 2)
-        wait_for(lambda: {"P", "D"} <= set(registry.reports), 10, "both instances register")
+        wait_for(lambda: {"P", "D"} <= set(registry.reports), "both instances register")
         yield Pair(registry, *servers)
     finally:
         for server in servers:
@@ -217,9 +218,9 @@ def test_a_node_that_dies_in_the_middle_of_a_load_is_missed_by_nobody(fresh, pai
     (flags / "hold").touch()
     try:
         asked = pair._pool.submit(complete, fresh.url, prompt, NUM_TOKENS)
-        wait_for((flags / "reading").exists, 20, "the load is under way")
+        wait_for((flags / "reading").exists, "the load is under way")
         pool_node.kill()
-        assert asked.result(30) == complete(single.url, prompt, NUM_TOKENS)
+        assert asked.result(PATIENCE_S) == complete(single.url, prompt, NUM_TOKENS)
     finally:
         (flags / "hold").unlink()
     fresh.wait_all_free()
@@ -238,7 +239,7 @@ def test_what_lies_on_disk_is_fetched_from_the_requests_arrival_on(fresh, single
     written = pool_node.counts().get("disk_written", 0)
     assert complete(fresh.url, prompt, NUM_TOKENS) == expected
     num_blocks = 1900 // BLOCK
-    wait_for(lambda: pool_node.counts().get("disk_written", 0) >= written + num_blocks, 30, "it is on disk")
+    wait_for(lambda: pool_node.counts().get("disk_written", 0) >= written + num_blocks, "it is on disk")
     pool_node.kill()
     pool_node.start()
     wait_until_used_again(fresh, prompt)

@@ -15,6 +15,7 @@ import pytest
 from serving import (
     ENVIRONMENT,
     FLAGS,
+    PATIENCE_S,
     Server,
     call,
     complete_alone,
@@ -46,7 +47,7 @@ class Cluster:
         flags = [f for f in FLAGS if f not in ("--host", "127.0.0.1")]
         command = [str(Path(sys.executable).parent / "kvferry"), "up", "--engine", "vllm", "--model", str(model)]
         command += ["--prefill", "2", "--decode", "2", "--port", str(port), "--logs", str(logs)]
-        command += ["--router-stream-first-token"]
+        command += ["--router-stream-first-token", "--handoff-lease-ttl-s", "20s", "--handoff-deadline-s", "60s"]
         command += ["--vllm-args", " ".join([*flags, *WHOLE])]
         with (logs / "up.log").open("ab") as log:
             self.process = subprocess.Popen(
@@ -73,7 +74,7 @@ class Cluster:
             except OSError:
                 return False
 
-        wait_for(joined, 450, f"{num_instances} instances at the router")
+        wait_for(joined, f"{num_instances} instances at the router", 450)
 
     def tail(self):
         return "\n".join(
@@ -99,7 +100,7 @@ def ask(url, prompt, options=GREEDY):
     body = {"model": "m", "prompt": prompt, "max_tokens": NUM_TOKENS, "ignore_eos": True, **options}
     data = json.dumps({**body, "return_token_ids": True}).encode()
     request = urllib.request.Request(f"{url}/v1/completions", data, {"content-type": "application/json"})
-    with urllib.request.urlopen(request, timeout=90) as answer:
+    with urllib.request.urlopen(request, timeout=PATIENCE_S) as answer:
         return json.load(answer)["choices"][0]["token_ids"], answer.headers["x-kvferry-outcome"]
 
 
@@ -164,7 +165,7 @@ def test_prefills_token_is_streamed_at_once_and_is_decodes_own(cluster, options)
         for process in decoders:
             process.send_signal(signal.SIGSTOP)
         try:
-            answer = urllib.request.urlopen(request, timeout=60)
+            answer = urllib.request.urlopen(request, timeout=PATIENCE_S)
             texts = texts_of(answer)
             first = next(texts)
         finally:
@@ -192,7 +193,7 @@ def test_a_killed_instance_is_routed_around_and_its_successor_is_used(cluster, m
         tokens, outcome = ask(cluster.url, prompt)
         assert outcome.split(";")[0] in ("delivered", "recomputed")
         assert tokens == reference(cluster, prompt)
-    assert time.monotonic() - began < 60
+    assert time.monotonic() - began < 100
 
     class Router:
         url = cluster.url
@@ -201,7 +202,7 @@ def test_a_killed_instance_is_routed_around_and_its_successor_is_used(cluster, m
     successor = Server("successor", model_path(MODEL), logs, kv=kv, flags=WHOLE, environment=SECRET)
     try:
         successor.ready()
-        wait_for(lambda: cluster.instances().get(name, {}).get("url") == successor.url, 20, "the successor joins")
+        wait_for(lambda: cluster.instances().get(name, {}).get("url") == successor.url, "the successor joins")
         call(f"{successor.url}/v1/completions", {"model": "m", "prompt": prompt_of(700, 9), "max_tokens": 2})
         released = successor.metric("vllm:kvferry_releases_total")
         for seed in range(60, 68):

@@ -1,7 +1,7 @@
 """One rank on one side, two on the other: each rank pulls the heads it holds."""
 
 import pytest
-from serving import PATIENT, complete, prompt_of
+from serving import PATIENT, PATIENT_POOL, complete, prompt_of
 
 from kvferry.doctor import examine, gather
 
@@ -15,7 +15,7 @@ def pair(start_pair, pool_node):
         "llama",
         decode_flags=["--tensor-parallel-size", "2"],
         prefill_kv=PATIENT,
-        decode_kv={**PATIENT, "pool": pool_node.address},
+        decode_kv={**PATIENT, **PATIENT_POOL, "pool": pool_node.address},
         environment={"VLLM_SERVER_DEV_MODE": "1"},
     )
 
@@ -42,7 +42,8 @@ def test_each_rank_has_its_own_slice_in_the_pool(pair):
     loaded = pair.decode.metric("vllm:kvferry_pool_loaded_blocks_total")
     assert complete(pair.decode.url, prompt, NUM_TOKENS) == expected
     # 5 full blocks of 128 tokens, once a rank.
-    assert pair.decode.metric("vllm:kvferry_pool_loaded_blocks_total") - loaded == 2 * 5
+    seen = [line for line in pair.decode.page().splitlines() if line.startswith("vllm:kvferry_pool")]
+    assert pair.decode.metric("vllm:kvferry_pool_loaded_blocks_total") - loaded == 2 * 5, seen
     pair.decode.wait_all_free()
 
 

@@ -1,7 +1,7 @@
 """One P/D pair against a single vLLM instance, token by token."""
 
 import pytest
-from serving import PATIENT, Server, blocks_pulled, complete, prompt_of, wait_for
+from serving import PATIENCE_S, PATIENT, Server, blocks_pulled, complete, prompt_of, wait_for
 
 LENGTHS = (1, 5, 127, 128, 129, 300, 1000, 1900)
 NUM_TOKENS = 16
@@ -58,7 +58,7 @@ def test_sixteen_at_a_time(pair, single, all_free_after, options):
     prompts = [prompt_of(n, seed=9000 + 100 * len(options) + i) for i, n in enumerate(LENGTHS * 2)]
     pulled = pair.decode.metric("vllm:kvferry_pulled_blocks_total")
     sent = [pair.send(p, NUM_TOKENS, **options) for p in prompts]
-    answers = [decode.result(90) for _, decode, _ in sent]
+    answers = [decode.result(PATIENCE_S) for _, decode, _ in sent]
     for prompt, (status, answer) in zip(prompts, answers, strict=True):
         assert status == 200, answer
         expected = complete(single.url, prompt, NUM_TOKENS, **options)
@@ -106,4 +106,4 @@ def test_metrics_and_the_log_line_tell_of_it(pair):
     assert pair.prefill.metric("vllm:kvferry_releases_total") > 0
     lines = "KV Transfer metrics: handoffs delivered=", "KV Transfer metrics: released (acked)="
     for server, line in zip((pair.decode, pair.prefill), lines, strict=True):
-        wait_for(lambda server=server, line=line: line in server.log.read_text(errors="replace"), 10, line)
+        wait_for(lambda server=server, line=line: line in server.log.read_text(errors="replace"), line)

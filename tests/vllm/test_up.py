@@ -15,7 +15,7 @@ import urllib.request
 
 import psutil
 import pytest
-from serving import call, complete_alone, prompt_of
+from serving import PATIENCE_S, call, complete_alone, prompt_of
 
 ARGUMENTS = "--enforce-eager --max-num-seqs 8 --num-gpu-blocks-override 128 --no-enable-log-requests"
 # Each of the four best tokens leads by 15 steps of a bfloat16 logit or more; batches and chunks move a logit by one.
@@ -40,7 +40,7 @@ def test_up_serves_over_a_handoff_and_ends_every_process(model_path, tmp_path):
         request = urllib.request.Request(
             f"{ready[1]}/completions", json.dumps(body).encode(), {"content-type": "application/json"}
         )
-        with urllib.request.urlopen(request, timeout=60) as answer:
+        with urllib.request.urlopen(request, timeout=PATIENCE_S) as answer:
             outcome = answer.headers["x-kvferry-outcome"]
             tokens = json.load(answer)["choices"][0]["token_ids"]
         _, table = call(f"{ready[1].removesuffix('/v1')}/kvferry/v1/instances")

@@ -117,7 +117,8 @@ class PoolClient:
         Args:
             address: the node's `tcp://host:port`.
             space: what this engine's blocks are (model, namespace).
-            deadline_s: for each call. After one that passed it, calls are misses at once for twice as long.
+            deadline_s: for each call. After one that passed it, calls are misses at once for twice as long, or until
+                the node answers after all.
             listen: where a node of another host fetches what is put, over TCP.
             fetch: brings the blocks of a lease to their places, as `fetch_blocks` does for host memory.
             on_lost: told of each connection to the node that ended.
@@ -396,6 +397,9 @@ class PoolClient:
         waiting = self._waiting.get(reply.id)
         if waiting is not None and not waiting.done():
             waiting.set_result(reply)
+        elif waiting is None:
+            # Late, but there: the node was not stopped, or is not any more, and need not be left alone.
+            self._retry_at_s = 0.0
 
     def _on_peer_lost(self, peer: Peer, reason: KVError) -> None:
         self._on_lost(peer)

@@ -108,8 +108,17 @@ def attach_memory(
     space = BlockSpace.of(fingerprint, layout, settings.namespace)
     nbytes = layout.num_blocks * layout.block_bytes * len(layout.layers)
     buffers = {i: s.buffer for i, s in enumerate(storages)}
-    more = {"max_saving_bytes": int(nbytes * SAVING_SHARE), "staging_bytes": settings.pool_staging_bytes}
-    return _attach(space, layout, buffers, settings, wake=wake, **more), space
+    attachment = _attach(
+        space,
+        layout,
+        buffers,
+        settings,
+        deadline_s=settings.pool_deadline_s,
+        max_saving_bytes=int(nbytes * SAVING_SHARE),
+        staging_bytes=settings.pool_staging_bytes,
+        wake=wake,
+    )
+    return attachment, space
 
 
 def attach_lookup(space: BlockSpace, settings: ConnectorSettings) -> PoolAttachment:

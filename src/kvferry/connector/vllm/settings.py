@@ -28,8 +28,8 @@ class ConnectorSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknow
     delivered handoff before vLLM may use them: for tests. `trace` names a file that gets a line for each moment of
     each handoff.
     `pool` is the address of this host's pool node, `pool_directory` tells what others hold; a request waits
-    `pool_wait_s` for the pool's answer. Blocks in GPU memory come and go through `pool_staging_bytes` of pinned memory,
-    for each rank.
+    `pool_wait_s` for the pool's answer; each load and each save is over within `pool_deadline_s`. Blocks in GPU memory
+    come and go through `pool_staging_bytes` of pinned memory, for each rank.
     """
 
     listen: str = "tcp://127.0.0.1:0"
@@ -51,6 +51,7 @@ class ConnectorSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknow
     pool: str | None = None
     pool_directory: str | None = None
     pool_wait_s: Annotated[float, msgspec.Meta(gt=0)] = 0.1
+    pool_deadline_s: Annotated[float, msgspec.Meta(gt=0)] = 5.0
     pool_staging_bytes: Annotated[int, msgspec.Meta(gt=0)] = 64 << 20
 
     def listen_at(self, rank: int) -> str:
