@@ -12,11 +12,13 @@ import msgspec
 import numpy as np
 import pytest
 
+from kvferry.clock import RealClock
 from kvferry.errors import ConfigError, TransferUnfinished
 from kvferry.handoff.node import HandoffNode, Released
 from kvferry.layout import Fingerprint, KVLayout, LayerLayout, block_offsets
 from kvferry.protocol.events import ReleaseReason
 from kvferry.protocol.lease import HandoffSettings
+from kvferry.protocol.membership import HandoffView
 from kvferry.transfer import TransferSettings
 from kvferry.transport import registry
 from kvferry.transport.base import BlockList, Guard, RemoteRegion, StopToken
@@ -26,7 +28,11 @@ from kvferry.types import HandoffId, HandoffTicket, InstanceRef, Outcome, Termin
 
 LAYERS, BLOCKS, BLOCK_BYTES = 3, 32, 512
 FINGERPRINT = Fingerprint(model="m", dtype="float32", block_size=16, num_layers=LAYERS, num_kv_heads=2, head_size=4)
-FAST = HandoffSettings(lease_ttl_s=0.9, heartbeat_s=0.2, stall_grace_s=0.1, drain_s=1.0, ack_interval_s=0.1)
+# A process may get no CPU for seconds: a lease runs out in a test only where its end is what the test is about.
+PATIENT = HandoffSettings(lease_ttl_s=60.0, heartbeat_s=0.2, stall_grace_s=0.1, drain_s=1.0, ack_interval_s=0.1)
+HASTY = HandoffSettings(lease_ttl_s=0.9, heartbeat_s=0.2, stall_grace_s=0.1, drain_s=1.0, ack_interval_s=0.1)
+REMAINING_S = 60.0
+SLACK_S = 20.0
 DIGEST = b"prompt" * 5
 SECRET = b"k" * 32
 
@@ -35,7 +41,7 @@ class Instance:
     """A node with host memory that a test can look into."""
 
     def __init__(self, name: str, **options: Any) -> None:
-        options = {"settings": FAST, "secret": SECRET, "fingerprint": FINGERPRINT, **options}
+        options = {"settings": PATIENT, "secret": SECRET, "fingerprint": FINGERPRINT, **options}
         self.node = HandoffNode(instance_id=name, **options)
         self.memory = self.node.allocate(LAYERS * BLOCKS * BLOCK_BYTES)
         self.memory[:] = np.random.default_rng(len(name)).integers(0, 256, self.memory.size, dtype=np.uint8)
@@ -57,10 +63,10 @@ class Instance:
         at = int(block_offsets(self.layout, layer, [block_id])[0])
         return self.memory[at : at + BLOCK_BYTES].tobytes()
 
-    def released(self, handoff: HandoffId, timeout_s: float = 5.0) -> Released:
+    def released(self, handoff: HandoffId, timeout_s: float = REMAINING_S) -> Released:
         return self._await(self.seen_released, self.node.released, handoff, timeout_s)
 
-    def outcome(self, handoff: HandoffId, timeout_s: float = 5.0) -> Outcome:
+    def outcome(self, handoff: HandoffId, timeout_s: float = REMAINING_S) -> Outcome:
         return self._await(self.seen_outcomes, self.node.outcomes, handoff, timeout_s)
 
     def _await(self, seen: list[Any], poll: Callable[[], list[Any]], handoff: HandoffId, timeout_s: float) -> Any:
@@ -73,17 +79,39 @@ class Instance:
             time.sleep(0.005)
         raise AssertionError(f"nothing about {handoff} within {timeout_s} s; open: {self.node.views()}")
 
+    def until(self, seen: Callable[[HandoffView], bool]) -> None:
+        """Return when it holds of an open handoff here."""
+        end = time.monotonic() + REMAINING_S
+        while not any(seen(view) for view in self.node.views()):
+            assert time.monotonic() < end, f"it holds of none: {self.node.views()}"
+            time.sleep(0.005)
 
-@pytest.fixture
-def pair() -> Iterator[tuple[Instance, Instance]]:
-    source, target = Instance("source"), Instance("a-target")
+
+def subscribed(view: HandoffView) -> bool:
+    """Whether the source has heard of the target's request."""
+    return "not subscribed" not in view.detail
+
+
+def two_instances(settings: HandoffSettings) -> Iterator[tuple[Instance, Instance]]:
+    """A source and a target, of which neither has lost anything in the end."""
+    source, target = Instance("source", settings=settings), Instance("a-target", settings=settings)
     yield source, target
     for instance in (source, target):
         instance.node.check_integrity()
         instance.close()
 
 
-def ticket(source: Instance, target: Instance, remaining_s: float = 5.0) -> HandoffTicket:
+@pytest.fixture
+def pair() -> Iterator[tuple[Instance, Instance]]:
+    yield from two_instances(PATIENT)
+
+
+@pytest.fixture
+def hasty_pair() -> Iterator[tuple[Instance, Instance]]:
+    yield from two_instances(HASTY)
+
+
+def ticket(source: Instance, target: Instance, remaining_s: float = REMAINING_S) -> HandoffTicket:
     return HandoffTicket(new_handoff_id(), "target", source.ref, target.ref, remaining_s)
 
 
@@ -135,7 +163,7 @@ def test_the_target_may_come_first_and_is_parked(pair: tuple[Instance, Instance]
     source, target = pair
     one = ticket(source, target)
     target.node.drop_select(one, DIGEST, 0, [1])
-    time.sleep(0.3)
+    source.until(lambda view: view.stage == "parked")
     source.node.offer(one, DIGEST, 1)
     publish_all(source, one.handoff, [8])
     assert_delivered(source, target, one.handoff, [8], [1])
@@ -160,26 +188,26 @@ def test_a_target_that_has_everything_lets_the_source_go(pair: tuple[Instance, I
     target.node.drop_select(one, DIGEST, 1, [])
     outcome = target.outcome(one.handoff)
     assert (outcome.state, outcome.bytes_moved) == (TerminalState.DELIVERED, 0)
-    released = source.released(one.handoff, timeout_s=0.5)
+    released = source.released(one.handoff)
     assert (released.reason, released.cause) == (ReleaseReason.CANCELLED, "not_needed")
 
 
 def test_a_source_that_never_hears_of_the_request_costs_the_deadline_and_no_more(
-    pair: tuple[Instance, Instance],
+    hasty_pair: tuple[Instance, Instance],
 ) -> None:
-    source, target = pair
+    source, target = hasty_pair
     one, began_s = ticket(source, target, remaining_s=0.8), time.monotonic()
     target.node.drop_select(one, DIGEST, 0, [1])
     outcome = target.outcome(one.handoff)
     assert outcome.state is TerminalState.RECOMPUTED
     assert outcome.stage == "waiting"
     assert outcome.cause
-    assert time.monotonic() - began_s < 0.8 + FAST.lease_ttl_s + 0.5
+    assert time.monotonic() - began_s < 0.8 + HASTY.lease_ttl_s + SLACK_S
 
 
-def test_a_target_that_never_comes_does_not_hold_the_source(pair: tuple[Instance, Instance]) -> None:
-    source, target = pair
-    one = ticket(source, target, remaining_s=1.0)
+def test_a_target_that_never_comes_does_not_hold_the_source(hasty_pair: tuple[Instance, Instance]) -> None:
+    source, target = hasty_pair
+    one = ticket(source, target)
     source.node.offer(one, DIGEST, 1)
     publish_all(source, one.handoff, [3])
     assert source.released(one.handoff).reason is ReleaseReason.EXPIRED
@@ -297,7 +325,7 @@ def test_preempted_blocks_are_never_taken_for_the_requests(pair: tuple[Instance,
     source.node.offer(one, DIGEST, 2)
     source.node.publish(one.handoff, range(LAYERS), 0, [3])
     target.node.drop_select(one, DIGEST, 0, [1, 2])
-    time.sleep(0.1)
+    source.until(lambda view: "1 pulled" in view.detail)
     source.node.revoke(one.handoff)
     source.memory[:] = 7  # Reused at once, as an engine would.
     rng = np.random.default_rng(5)
@@ -333,77 +361,98 @@ def test_blocks_that_are_reused_without_a_word_changing_hands_are_a_word_mismatc
 @pytest.mark.parametrize("side", ["source", "target"])
 def test_an_abort_on_either_side_ends_both_at_once(pair: tuple[Instance, Instance], side: str) -> None:
     source, target = pair
-    one = ticket(source, target, remaining_s=30.0)
+    one = ticket(source, target)
     source.node.offer(one, DIGEST, 2)
     target.node.drop_select(one, DIGEST, 0, [1, 2])
     source.node.publish(one.handoff, range(LAYERS), 0, [3])
-    time.sleep(0.2)
+    source.until(lambda view: "1 pulled" in view.detail)
     began_s = time.monotonic()
     (source if side == "source" else target).node.cancel(one.handoff, "client_gone", side=side)
     outcome = target.outcome(one.handoff)
     assert outcome.state is (TerminalState.ABORTED if side == "target" else TerminalState.RECOMPUTED)
     source.released(one.handoff)
-    assert time.monotonic() - began_s < 1.0
+    assert time.monotonic() - began_s < SLACK_S < min(REMAINING_S, PATIENT.lease_ttl_s)
+
+
+class LeapingClock(RealClock):
+    """The real time, and what was leapt over."""
+
+    leapt_s = 0.0
+
+    def now_s(self) -> float:
+        return super().now_s() + self.leapt_s
+
+    def leap(self, node: HandoffNode, seconds: float) -> None:
+        """The node's timers that are due by then ring now."""
+        self.leapt_s += seconds
+        node._loop.call(node._tick, self.now_s())
 
 
 @pytest.mark.parametrize("cancelled", [False, True])
-def test_a_read_that_cannot_be_taken_back_keeps_its_blocks(
-    pair: tuple[Instance, Instance], monkeypatch: pytest.MonkeyPatch, cancelled: bool
-) -> None:
+def test_a_read_that_cannot_be_taken_back_keeps_its_blocks(monkeypatch: pytest.MonkeyPatch, cancelled: bool) -> None:
     """UCX may write after the deadline: until it can't, the handoff has not ended, whatever asks for its end."""
-    source, target = pair
-    over = threading.Event()
+    clock = LeapingClock()
+    source, target = Instance("source"), Instance("a-target", clock=clock)
+    begun, over = threading.Event(), threading.Event()
 
     async def unfinished(*_args: Any, **_named: Any) -> None:
+        begun.set()
         raise TransferUnfinished("bytes may still land", is_over=over.is_set)
 
     monkeypatch.setattr(target.node._engine, "read", unfinished)
-    one = ticket(source, target, remaining_s=1.0)
+    one = ticket(source, target)
     source.node.offer(one, DIGEST, 1)
     target.node.drop_select(one, DIGEST, 0, [1])
     publish_all(source, one.handoff, [3])
-    source.released(one.handoff)
+    assert begun.wait(REMAINING_S)
     if cancelled:
         target.node.cancel(one.handoff, "client_gone", side="target")
     # Deadline, lease and drain pass meanwhile: the last of them closes the channel, which must not end it either.
+    clock.leap(target.node, REMAINING_S + PATIENT.lease_ttl_s)
+    target.until(lambda view: view.stage == "draining")
+    clock.leap(target.node, PATIENT.drain_s)
+    assert source.released(one.handoff).reason is not ReleaseReason.ACKED
     with pytest.raises(AssertionError, match="draining"):
-        target.outcome(one.handoff, timeout_s=1.0 + FAST.lease_ttl_s + FAST.drain_s)
+        target.outcome(one.handoff, timeout_s=0.3)
     over.set()
     outcome = target.outcome(one.handoff)
     assert outcome.state is (TerminalState.ABORTED if cancelled else TerminalState.RECOMPUTED)
+    for instance in (source, target):
+        instance.node.check_integrity()
+        instance.close()
 
 
-def test_a_source_that_dies_is_named_within_a_second(pair: tuple[Instance, Instance]) -> None:
+def test_a_source_that_dies_is_named_at_once(pair: tuple[Instance, Instance]) -> None:
     source, target = pair
-    one = ticket(source, target, remaining_s=30.0)
+    one = ticket(source, target)
     source.node.offer(one, DIGEST, 2)
     target.node.drop_select(one, DIGEST, 0, [1, 2])
     source.node.publish(one.handoff, range(LAYERS), 0, [3])
-    time.sleep(0.2)
+    source.until(lambda view: "1 pulled" in view.detail)
     began_s = time.monotonic()
     source.node.close()
     outcome = target.outcome(one.handoff)
     assert (outcome.state, outcome.cause) == (TerminalState.RECOMPUTED, "peer_gone")
-    assert time.monotonic() - began_s < 1.0
+    assert time.monotonic() - began_s < SLACK_S < min(REMAINING_S, PATIENT.lease_ttl_s)
 
 
-def test_a_target_that_dies_frees_the_source_within_a_lease(pair: tuple[Instance, Instance]) -> None:
-    source, target = pair
-    one = ticket(source, target, remaining_s=30.0)
+def test_a_target_that_dies_frees_the_source_within_a_lease(hasty_pair: tuple[Instance, Instance]) -> None:
+    source, target = hasty_pair
+    one = ticket(source, target)
     source.node.offer(one, DIGEST, 2)
     target.node.drop_select(one, DIGEST, 0, [1, 2])
-    time.sleep(0.2)
+    source.until(subscribed)
     began_s = time.monotonic()
     target.node.close()
     source.released(one.handoff)
-    assert time.monotonic() - began_s < FAST.lease_ttl_s + 0.5
+    assert time.monotonic() - began_s < HASTY.lease_ttl_s + SLACK_S < REMAINING_S
 
 
 def test_an_absent_source_is_an_outcome_not_an_exception(pair: tuple[Instance, Instance]) -> None:
     _, target = pair
     gone = InstanceRef("ghost", 5, ("tcp://127.0.0.1:1",))
     for ref in (gone, msgspec.structs.replace(gone, addresses=())):
-        one = HandoffTicket(new_handoff_id(), "target", ref, target.ref, 3.0)
+        one = HandoffTicket(new_handoff_id(), "target", ref, target.ref, REMAINING_S)
         target.node.drop_select(one, DIGEST, 0, [1])
         outcome = target.outcome(one.handoff)
         assert outcome.state is TerminalState.RECOMPUTED
@@ -413,12 +462,12 @@ def test_an_absent_source_is_an_outcome_not_an_exception(pair: tuple[Instance, I
 def test_a_restarted_source_is_another_one(pair: tuple[Instance, Instance]) -> None:
     source, target = pair
     stale = InstanceRef("source", source.node.incarnation + 2, (source.node.address,))
-    one = HandoffTicket(new_handoff_id(), "target", stale, target.ref, 30.0)
+    one = HandoffTicket(new_handoff_id(), "target", stale, target.ref, REMAINING_S)
     began_s = time.monotonic()
     target.node.drop_select(one, DIGEST, 0, [1])
     outcome = target.outcome(one.handoff)
     assert (outcome.state, outcome.cause) == (TerminalState.RECOMPUTED, "incarnation_changed")
-    assert time.monotonic() - began_s < 1.0
+    assert time.monotonic() - began_s < SLACK_S
 
 
 @pytest.mark.parametrize(
@@ -455,7 +504,7 @@ def test_another_secret_is_refused() -> None:
 
 def test_many_at_once_each_get_their_own(pair: tuple[Instance, Instance]) -> None:
     source, target = pair
-    tickets = [ticket(source, target, 20.0) for _ in range(10)]
+    tickets = [ticket(source, target) for _ in range(10)]
     for i, one in enumerate(tickets):
         target.node.drop_select(one, DIGEST + bytes([i]), 0, [3 * i, 3 * i + 1])
     for i, one in reversed(list(enumerate(tickets))):

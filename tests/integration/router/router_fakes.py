@@ -20,6 +20,8 @@ from kvferry.router.http_messages import Limits
 from kvferry.types import HandoffTicket, Outcome, Role, TerminalState, ticket_from_params
 
 DONE = b"data: [DONE]\n\n"
+WAIT_S = 30.0
+"""How long a test waits for what must come: a process may get no CPU for seconds."""
 
 
 class Seen(NamedTuple):
@@ -82,8 +84,7 @@ class FakeInstance:
 
     async def idle(self) -> None:
         """Wait until no request is in hand."""
-        while self.running:  # noqa: ASYNC110
-            await asyncio.sleep(0.005)
+        await until(lambda: not self.running)
 
     async def _health(self, request: web.Request) -> web.Response:
         return web.Response()
@@ -107,6 +108,13 @@ class FakeInstance:
             raise
         finally:
             self.running -= 1
+
+
+async def until(condition: Callable[[], object]) -> None:
+    """Wait until it holds."""
+    async with asyncio.timeout(WAIT_S):
+        while not condition():  # noqa: ASYNC110
+            await asyncio.sleep(0.005)
 
 
 def delivered(ticket: HandoffTicket, **changes: Any) -> Outcome:
@@ -198,7 +206,7 @@ class Cluster:
 
     async def start(self, *, limits: Limits | None = None, secret: bytes | None = None, **router: Any) -> Router:
         settings = Settings()
-        defaults = {"port": 0, "drain_s": 0.2, "outcome_wait_s": 0.3, "ttl_s": 30.0}
+        defaults = {"port": 0, "drain_s": 0.2, "outcome_wait_s": WAIT_S, "ttl_s": 60.0}
         own = msgspec.structs.replace(settings.router, **{**defaults, **router})
         self.router = Router(msgspec.structs.replace(settings, router=own), secret, limits=limits)
         await self.router.start()

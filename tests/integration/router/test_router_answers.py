@@ -10,15 +10,16 @@ import pytest
 from aiohttp import web
 from router_fakes import (
     DONE,
+    WAIT_S,
     Cluster,
     FakeInstance,
     Script,
     Seen,
-    answer_prefill,
     completion,
     delivered,
     open_stream,
     text_event,
+    when_released,
 )
 
 EVENTS = b"".join(text_event(t) for t in ("Grü", "ße, ", "世界", " 🚢"))
@@ -157,7 +158,7 @@ async def test_several_prompts_fail_with_the_failing_one_s_answer(cluster: Clust
     _, decode = await cluster.pair(script)
     status, _, body = await cluster.post(prompt=["one", "bad", "two"])
     assert (status, json.loads(body)) == (400, {"error": {"message": "too long"}})
-    await asyncio.wait_for(decode.idle(), 2)
+    await decode.idle()
     assert decode.gone == 2
 
 
@@ -178,6 +179,7 @@ async def test_an_outcome_that_never_comes_is_not_called_delivered(cluster: Clus
         await response.write(text_event("x") + DONE)
         return response
 
+    await cluster.start(outcome_wait_s=0.3)
     await cluster.pair(script)
     _, headers, body = await cluster.post()
     unknown = "recomputed; stage=decode; cause=outcome_unknown; path=pair"
@@ -220,6 +222,7 @@ async def test_an_error_event_of_the_instance_is_a_failure(cluster: Cluster) -> 
         await response.write(text_event("x") + broken + DONE)
         return response
 
+    await cluster.start(outcome_wait_s=0.1)
     await cluster.pair(script)
     _, _, body = await cluster.post(stream=True)
     outcome = b": kvferry-outcome failed; stage=streaming; cause=instance_error; path=pair\n\n"
@@ -252,14 +255,13 @@ async def test_a_slow_reader_slows_the_instance_and_loses_nothing(cluster: Clust
 
 
 async def test_prefill_that_answers_after_decode_is_not_waited_for(cluster: Cluster, good_decode: Script) -> None:
-    async def slow(instance: FakeInstance, request: web.Request, seen: Seen) -> web.StreamResponse:
-        await asyncio.sleep(0.3)
-        return await answer_prefill(instance, request, seen)
-
-    prefill, _ = await cluster.pair(good_decode, slow)
-    status, _, _ = await asyncio.wait_for(cluster.post(), 0.25)
+    prefill, _ = await cluster.pair(good_decode, when_released)
+    status, _, _ = await asyncio.wait_for(cluster.post(), WAIT_S)
     assert status == 200
-    await asyncio.sleep(0.4)
+    await asyncio.wait_for(prefill.arrived.wait(), WAIT_S)
+    assert prefill.running == 1
+    prefill.release.set()
+    await prefill.idle()
     # The KV had arrived: that leg was left to end by itself.
     assert prefill.gone == 0
 

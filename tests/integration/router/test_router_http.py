@@ -6,16 +6,16 @@ import asyncio
 import json
 import re
 from collections.abc import AsyncIterator
-from contextlib import suppress
+from contextlib import asynccontextmanager, suppress
 
 import pytest
-from router_fakes import Cluster, Script
+from router_fakes import WAIT_S, Cluster, Script, until
 
 from kvferry.router.http_messages import Limits, Request, Response
 from kvferry.router.http_server import HttpServer
 
 LIMITS = Limits(max_head_bytes=2000, max_target_bytes=500, max_headers=20, max_body_bytes=10_000)
-FAST = LIMITS._replace(head_s=0.2, body_s=0.3, idle_s=0.4, send_stall_s=0.3)
+HASTY = LIMITS._replace(head_s=0.2, body_s=0.3, idle_s=0.4, send_stall_s=0.3)
 
 
 class Wire:
@@ -26,7 +26,7 @@ class Wire:
 
     async def answer(self) -> tuple[int, dict[str, str], bytes]:
         """The next whole answer."""
-        head = await asyncio.wait_for(self.reader.readuntil(b"\r\n\r\n"), 3)
+        head = await asyncio.wait_for(self.reader.readuntil(b"\r\n\r\n"), WAIT_S)
         status = int(head.split()[1])
         headers = dict(re.findall(r"^(\S+): (.*)\r$", head.decode("latin-1"), re.MULTILINE))
         body = b""
@@ -41,7 +41,7 @@ class Wire:
 
     async def ends(self) -> bool:
         """Whether the router closes, with no further byte."""
-        return await asyncio.wait_for(self.reader.read(), 4) == b""
+        return await asyncio.wait_for(self.reader.read(), WAIT_S) == b""
 
 
 async def closed(writer: asyncio.StreamWriter) -> None:
@@ -52,6 +52,19 @@ async def closed(writer: asyncio.StreamWriter) -> None:
 
 @pytest.fixture
 async def echo() -> AsyncIterator[HttpServer]:
+    async with echo_server(LIMITS) as server:
+        yield server
+
+
+@pytest.fixture
+async def hasty_echo() -> AsyncIterator[HttpServer]:
+    """A server that gives up on its clients after fractions of a second."""
+    async with echo_server(HASTY) as server:
+        yield server
+
+
+@asynccontextmanager
+async def echo_server(limits: Limits) -> AsyncIterator[HttpServer]:
     """A server that says what it got, with a sweep."""
     seen: list[Request] = []
 
@@ -64,7 +77,7 @@ async def echo() -> AsyncIterator[HttpServer]:
             text = {"method": request.method.decode(), "path": request.path, "body": request.body.decode("latin-1")}
             response.respond(200, json.dumps(text).encode())
 
-    server = HttpServer(handle, FAST)
+    server = HttpServer(handle, limits)
     server.address = await server.start("127.0.0.1", 0)  # type: ignore[attr-defined]
     sweeping = asyncio.create_task(_sweep(server))
     yield server
@@ -176,41 +189,41 @@ async def test_http_1_0_and_connection_close(wire: Wire) -> None:
 
 async def test_head_has_no_body(wire: Wire) -> None:
     wire.writer.write(b"HEAD / HTTP/1.1\r\nhost: a\r\nconnection: close\r\n\r\n")
-    answer = await asyncio.wait_for(wire.reader.read(), 2)
+    answer = await asyncio.wait_for(wire.reader.read(), WAIT_S)
     assert answer.startswith(b"HTTP/1.1 200 OK\r\n") and answer.endswith(b"\r\n\r\n")
 
 
-async def test_a_slow_head_and_a_slow_body_time_out(echo: HttpServer) -> None:
-    for begun in (b"GET / HTTP/1.1\r\nhost", b"POST / HTTP/1.1\r\nhost: a\r\ncontent-length: 9\r\n\r\nab"):
-        reader, writer = await asyncio.open_connection(*echo.address)  # type: ignore[attr-defined]
+async def test_a_slow_head_and_a_slow_body_time_out(hasty_echo: HttpServer) -> None:
+    for begun in (b"GET / HTTP/1.1\r\nhost", b"POST / HTTP/1.1\r\nhost: a\r\ncontent-length: 900\r\n\r\nab"):
+        reader, writer = await asyncio.open_connection(*hasty_echo.address)  # type: ignore[attr-defined]
         drip = Wire(reader, writer)
         writer.write(begun)
         # A byte now and then does not extend the time.
         status = asyncio.create_task(drip.answer())
-        for byte in b"TPabcdef":
+        for _ in range(800):
             await asyncio.sleep(0.05)
-            writer.write(bytes([byte]))
             if status.done():
                 break
+            writer.write(b"a")
         assert (await status)[0] == 408
         assert await drip.ends()
         await closed(writer)
 
 
-async def test_an_idle_connection_is_closed(wire: Wire) -> None:
-    wire.writer.write(b"GET / HTTP/1.1\r\nhost: a\r\n\r\n")
+async def test_an_idle_connection_is_closed(hasty_echo: HttpServer) -> None:
+    reader, writer = await asyncio.open_connection(*hasty_echo.address)  # type: ignore[attr-defined]
+    wire = Wire(reader, writer)
+    writer.write(b"GET / HTTP/1.1\r\nhost: a\r\n\r\n")
     assert (await wire.answer())[0] == 200
     assert await wire.ends()
+    await closed(writer)
 
 
-async def test_a_client_that_reads_nothing_is_cut(echo: HttpServer) -> None:
-    _, writer = await asyncio.open_connection(*echo.address, limit=1000)  # type: ignore[attr-defined]
+async def test_a_client_that_reads_nothing_is_cut(hasty_echo: HttpServer) -> None:
+    _, writer = await asyncio.open_connection(*hasty_echo.address, limit=1000)  # type: ignore[attr-defined]
     writer.write(b"GET /big HTTP/1.1\r\nhost: a\r\n\r\n")
-    for _ in range(100):
-        await asyncio.sleep(0.02)
-        if not echo.connections:
-            break
-    assert not echo.connections
+    await until(lambda: hasty_echo.connections)
+    await until(lambda: not hasty_echo.connections)
     await closed(writer)
 
 

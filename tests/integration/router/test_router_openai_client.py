@@ -12,6 +12,7 @@ import pytest
 from aiohttp import web
 from router_fakes import (
     DONE,
+    WAIT_S,
     Cluster,
     FakeInstance,
     Seen,
@@ -122,12 +123,16 @@ async def test_the_router_as_a_process(cluster: Cluster) -> None:
         "0",
         "--heartbeat-s",
         "100ms",
+        "--ttl-s",
+        "60s",
+        "--outcome-wait-s",
+        "30s",
         env={**environ, "KVFERRY_CLUSTER_SECRET": secret, "KVFERRY_CONFIG": ""},
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
     )
     assert router.stdout is not None
-    line = await asyncio.wait_for(router.stdout.readline(), 30)
+    line = await asyncio.wait_for(router.stdout.readline(), 60)
     url = line.decode().split()[-1]
     clients: dict[str, RouterClient] = {}
 
@@ -143,7 +148,7 @@ async def test_the_router_as_a_process(cluster: Cluster) -> None:
         clients[name] = RouterClient(url, secret.encode(), instance.report)
         clients[name].start()
     for client in clients.values():
-        assert await asyncio.to_thread(client.wait_registered, 10)
+        assert await asyncio.to_thread(client.wait_registered, WAIT_S)
     async with openai.AsyncOpenAI(base_url=url + "/v1", api_key="k", max_retries=0) as api:
         stream = await api.completions.create(model="m", prompt="a", stream=True)
         assert [c.choices[0].text async for c in stream] == list(PIECES)
@@ -152,7 +157,7 @@ async def test_the_router_as_a_process(cluster: Cluster) -> None:
     for client in clients.values():
         await asyncio.to_thread(client.close)
     router.terminate()
-    _, errors = await asyncio.wait_for(router.communicate(), 20)
+    _, errors = await asyncio.wait_for(router.communicate(), WAIT_S)
     assert router.returncode == 0
     ends = [line for line in errors.decode().splitlines() if "request ended" in line]
     assert len(ends) == 2 and all("state=delivered" in e and "prefill=p0" in e and "decode=d0" in e for e in ends)

@@ -7,7 +7,7 @@ import json
 
 import pytest
 from aiohttp import web
-from router_fakes import DONE, Cluster, FakeInstance, Script, Seen, delivered, kill, open_stream, text_event
+from router_fakes import DONE, WAIT_S, Cluster, FakeInstance, Script, Seen, delivered, kill, open_stream, text_event
 
 TOKEN = "Grü"
 LAST = text_event(TOKEN).replace(b"null", b'"length"', 1)
@@ -41,9 +41,9 @@ async def read_begin_then(cluster: Cluster, instance: FakeInstance) -> tuple[byt
     body = {"model": "m", "prompt": "abc", "stream": True, "temperature": 0}
     async with cluster.session().post("/v1/completions", json=body) as answer:
         assert answer.status == 200 and answer.headers["content-type"].startswith("text/event-stream")
-        begin = await asyncio.wait_for(answer.content.readuntil(b"\n\n"), 10)
+        begin = await asyncio.wait_for(answer.content.readuntil(b"\n\n"), WAIT_S)
         instance.release.set()
-        return begin, await asyncio.wait_for(answer.content.read(), 10)
+        return begin, await asyncio.wait_for(answer.content.read(), WAIT_S)
 
 
 def text_of(event: bytes) -> str:
