@@ -14,6 +14,10 @@ _GLOG = re.compile(r"^[IWEF](?:(\d{4}))?(\d\d)(\d\d) (\d\d):(\d\d):(\d\d)\.(\d{1
 _EPOCH = re.compile(r"^\[(\d{10})\.(\d{1,6})\] \[")
 _HANDOFF = re.compile(r"\bhandoff[\"']?[=: ]\s*[\"']?([0-9a-f]{4,32})\b")
 _REQUEST = re.compile(r"\b((?:chat)?cmpl-[\w.:-]*\w|request(?:_id)?[\"']?[=:]\s*[\"']?[\w.:-]*\w)")
+_CAUSE = re.compile(r"\bcause[\"']?[=:] ?[\"']?(\w+)|: (?:failed|recomputed) in stage \w+: (\w+)")
+_STAGE = re.compile(r"\bstage[\"']?[=:] ?[\"']?(\w+)|: (?:failed|recomputed) in stage (\w+)")
+_PREFILL = re.compile(r"\bprefill[\"']?[=:] ?[\"']?([\w.-]+)|\bhandoff \w+ of request \S+ from ([\w.-]+):")
+_DECODE = re.compile(r"\bdecode[\"']?[=:] ?[\"']?([A-Za-z][\w.-]*)")
 _CHOICE = re.compile(r"(-\d+)(-[0-9a-f]{8})?$")
 
 
@@ -71,6 +75,26 @@ def request_of(text: str) -> str | None:
     if m[1].startswith(("cmpl", "chatcmpl")):
         return _CHOICE.sub("", m[1])
     return re.split(r"[=:]\s*[\"']?", m[1], maxsplit=1)[-1]
+
+
+class Failure(msgspec.Struct, frozen=True):
+    """What one of kvferry's own lines says of a failure; the names are roles where the line has no names."""
+
+    cause: str
+    stage: str
+    prefill: str
+    decode: str
+
+
+def failure_of(text: str) -> Failure | None:
+    """The failure that a line tells of, None where it names no cause."""
+
+    def first(pattern: re.Pattern[str], otherwise: str) -> str:
+        m = pattern.search(text)
+        return otherwise if m is None else next(g for g in m.groups() if g)
+
+    cause = first(_CAUSE, "")
+    return Failure(cause, first(_STAGE, ""), first(_PREFILL, "prefill"), first(_DECODE, "decode")) if cause else None
 
 
 def side_of(name: str, text: str) -> str:

@@ -9,6 +9,8 @@ from importlib import resources
 
 import msgspec
 
+from kvferry.doctor.causes import Section
+
 _SHORTEST = 4
 
 
@@ -16,7 +18,8 @@ class Rule(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One rule: either a sign of a finding, or (with `stage`) a mark of how far a request got.
 
     With `side` it holds for logs of that side only, with `unless` only for logs that have none of these words; `fix`
-    takes the place of the finding's own mend.
+    takes the place of the finding's own mend. `causes` names the section of the table of causes that explains the cause
+    in the line.
     """
 
     id: str
@@ -30,6 +33,7 @@ class Rule(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     side: str = ""
     fix: str = ""
     unless: tuple[str, ...] = ()
+    causes: Section | None = None
 
 
 @cache

@@ -16,9 +16,10 @@ from rich.table import Table
 from rich.text import Text
 
 from kvferry.doctor.case import version_tuple
+from kvferry.doctor.causes import cause_of
 from kvferry.doctor.facts import LogFinding
 from kvferry.doctor.findings import Finding, catalogue
-from kvferry.doctor.log_lines import Line, parse_time, request_of, side_of
+from kvferry.doctor.log_lines import Line, failure_of, parse_time, request_of, side_of
 from kvferry.doctor.log_rules import Rule, candidates, rules
 from kvferry.doctor.reading import read_bytes, reason
 from kvferry.doctor.report import show
@@ -172,6 +173,7 @@ def _findings(signs: Sequence[Sign]) -> tuple[LogFinding, ...]:
     for group in ordered:
         first = min(group, key=lambda s: s.rule.rank)
         entry = catalogue()[first.rule.finding]
+        meaning, mend = _explained(first)
         shown = first.line.text if len(first.line.text) <= 300 else first.line.text[:300] + " …"
         out.append(
             LogFinding(
@@ -179,14 +181,26 @@ def _findings(signs: Sequence[Sign]) -> tuple[LogFinding, ...]:
                 finding=first.rule.finding,
                 severity=first.rule.severity,
                 title=entry.title,
-                why=entry.why,
-                fix=first.rule.fix or entry.mend,
+                why=f"{entry.why} {meaning}".rstrip(),
+                fix=first.rule.fix or mend or entry.mend,
                 count=len(group),
                 first=shown,
                 source=first.line.source,
             )
         )
     return tuple(out)
+
+
+def _explained(sign: Sign) -> tuple[str, str]:
+    """What the cause in the line means, as a sentence, and what to do; empty where it names none."""
+    failure = failure_of(sign.line.text) if sign.rule.causes else None
+    if failure is None or sign.rule.causes is None:
+        return "", ""
+    texts = cause_of(failure.cause, failure.stage, sign.rule.causes)
+    if texts is None:
+        return "", ""
+    named = texts.named(prefill=failure.prefill, decode=failure.decode)
+    return f"Here ({failure.cause}): {named.meaning}.", "" if named.mend == "none" else named.mend
 
 
 def _versions_of(lines: Sequence[Line]) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""One page of docs for each finding, written from the same table that the doctor speaks from.
+"""One page of docs for each finding and one for all causes, written from the same table that the doctor speaks from.
 
 python -m kvferry.doctor.pages docs/findings
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from kvferry.doctor import causes
 from kvferry.doctor.findings import Entry, catalogue
 from kvferry.doctor.log_rules import rules
 
@@ -17,7 +18,9 @@ def pages() -> dict[str, str]:
     out = {f"{finding_id}.md": page(finding_id, entry) for finding_id, entry in catalogue().items()}
     rows = [f"| [{i}]({i}.md) | {e.severity} | {e.title} |" for i, e in catalogue().items()]
     head = ["# Findings of `kvferry doctor`", "", "| id | severity | finding |", "|---|---|---|"]
-    out["README.md"] = "\n".join([*head, *rows]) + "\n"
+    more = ["", "What each cause of a failed or recomputed request means: [causes](causes.md)."]
+    out["README.md"] = "\n".join([*head, *rows, *more]) + "\n"
+    out["causes.md"] = causes.page()
     return out
 
 

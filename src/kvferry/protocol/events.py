@@ -42,14 +42,15 @@ class Received(_Value, frozen=True, gc=False):
 
 
 class PeerLost(_Value, frozen=True, gc=False):
-    """No channel to `peer` is left (its process died, or the connection broke)."""
+    """No channel to `peer` is left (its process died, or the connection broke). `cause` as in `KVError.cause`."""
 
     peer: Incarnation
     cause: str = "peer_gone"
+    detail: str | None = None
 
 
 class Cancelled(_Value, frozen=True, gc=False):
-    """This side's request was aborted (client gone, router's order).
+    """This side's request was aborted (client gone, router's order); `reason` is a sentence.
 
     For a handoff that is not known yet, a tombstone of `remaining_s` plus a lease keeps its request out when it
     arrives late.
@@ -117,17 +118,17 @@ class Preempted(_Value, frozen=True, gc=False):
 
 
 class Revoked(_Value, frozen=True, gc=False):
-    """The engine takes the blocks back for good (pressure; see `SourceHandoffs.pressure_order`)."""
+    """The engine takes the blocks back for good (see `SourceHandoffs.pressure_order`); `reason` is a sentence."""
 
     handoff: HandoffId
-    reason: str = "pressure"
+    reason: str = "other requests needed the room"
 
 
 class Failed(_Value, frozen=True, gc=False):
-    """The prefill failed; the target hears of it at once."""
+    """The prefill failed; the target hears of it at once. `why` is a sentence."""
 
     handoff: HandoffId
-    cause: str
+    why: str
 
 
 # Events of the target ----------------------------------------------------------------------------------------------

@@ -172,7 +172,7 @@ class SourceHandoffs(SourceTable):
         record = self._live(event.handoff)
         if record is None:
             return []
-        return self._close(record, ReleaseReason.FAILED, event.cause, now_s, gone="failed")
+        return self._close(record, ReleaseReason.FAILED, event.why, now_s, gone="failed")
 
     def _on_cancelled(self, event: Cancelled, now_s: float) -> list[Action]:
         record = self._records.get(event.handoff)
@@ -280,7 +280,8 @@ class SourceHandoffs(SourceTable):
                 self._forget(record)
             elif record.state is not SourceState.RELEASED:
                 record.subscribed = False
-                out += self._close(record, ReleaseReason.FAILED, event.cause, now_s, gone="failed")
+                why = f"the connection to the decode instance was lost: {event.detail or event.cause}"
+                out += self._close(record, ReleaseReason.FAILED, why, now_s, gone="failed")
         return out
 
     # Time ----------------------------------------------------------------------------------------------------------

@@ -25,6 +25,7 @@ import itertools
 import msgspec
 
 from kvferry.errors import InvalidTransition
+from kvferry.protocol import details
 from kvferry.protocol.events import (
     Action,
     Cancelled,
@@ -139,7 +140,7 @@ class TargetHandoffs(TargetTable):
             return None, [Refused(ticket.handoff, "target", reason)]
         record = self._add(ticket, prompt_digest, now_s, ticket.remaining_s)
         if ticket.target.incarnation != self.incarnation:
-            return record, self._finish(record, now_s, "incarnation_changed", "the ticket names another incarnation")
+            return record, self._finish(record, now_s, "incarnation_changed", details.REFUSED["incarnation_changed"])
         self._arm(record)
         connect_s = min(record.deadline_s - now_s, self.settings.lease_ttl_s)
         return record, [Connect(ticket.handoff, ticket.source, connect_s)]
@@ -150,9 +151,11 @@ class TargetHandoffs(TargetTable):
             self._bury_unknown(event, now_s)
             return []
         if record.ending is not None and record.state is TargetState.DRAINING:
-            record.ending = self._outcome(record, TerminalState.ABORTED, Stage.DRAINING, event.reason, None)
+            record.ending = self._outcome(
+                record, TerminalState.ABORTED, Stage.DRAINING, "handoff_aborted", event.reason
+            )
             return []
-        return self._finish(record, now_s, event.reason, state=TerminalState.ABORTED)
+        return self._finish(record, now_s, "handoff_aborted", event.reason, state=TerminalState.ABORTED)
 
     # The channel ---------------------------------------------------------------------------------------------------
 
@@ -165,9 +168,8 @@ class TargetHandoffs(TargetTable):
         if record is None:
             return []
         if event.incarnation != record.source:
-            return self._finish(
-                record, now_s, "incarnation_changed", f"{event.incarnation:x} answers in place of {record.source:x}"
-            )
+            told = details.of_gone(record, "incarnation_changed", "")
+            return self._finish(record, now_s, "incarnation_changed", told)
         record.connected = True
         record.lapse_s = now_s + self.settings.lease_ttl_s
         self._tell(record, now_s, "connected")
@@ -175,14 +177,16 @@ class TargetHandoffs(TargetTable):
 
     def _on_connect_failed(self, event: ConnectFailed, now_s: float) -> list[Action]:
         record = self._open_record(event.handoff)
-        return [] if record is None else self._finish(record, now_s, event.cause, event.detail)
+        if record is None:
+            return []
+        return self._finish(record, now_s, event.cause, details.of_connect_failed(record, event.detail))
 
     def _on_peer_lost(self, event: PeerLost, now_s: float) -> list[Action]:
         out: list[Action] = []
         for record in [r for r in self._records.values() if r.source == event.peer and r.connected]:
             record.connected = False
             if record.state not in CLOSED_STATES:
-                out += self._finish(record, now_s, event.cause)
+                out += self._finish(record, now_s, event.cause, details.of_peer_lost(record, event.detail))
         return out
 
     def _on_received(self, event: Received, now_s: float) -> list[Action]:
@@ -213,7 +217,7 @@ class TargetHandoffs(TargetTable):
         if message.reason == "busy":
             return []  # not parked for want of room; the next heartbeat asks again
         cause = message.reason if message.reason in _PROBLEM_OF_BOTH else f"source_{message.reason}"
-        return self._finish(record, now_s, cause, message.detail or None)
+        return self._finish(record, now_s, cause, details.of_gone(record, message.reason, message.detail))
 
     def _on_state(self, record: TargetRecord, message: State, now_s: float) -> list[Action]:
         if record.state in CLOSED_STATES:
@@ -233,7 +237,8 @@ class TargetHandoffs(TargetTable):
             return []
         if message.word == record.dead_word:
             if message.echo_s is not None and message.echo_s >= record.dead_since_s:
-                return self._finish(record, now_s, "word_mismatch", "the source says that its word stands; it does not")
+                told = f"{details.source_of(record)} says that its lease stands; the blocks say that it ended"
+                return self._finish(record, now_s, "word_mismatch", told)
             return []
         out = self._adopt(record, message, now_s) if message.word != record.word else []
         if message.first_run > len(record.runs):
@@ -270,7 +275,8 @@ class TargetHandoffs(TargetTable):
             index = record.num_started
             run = record.runs[index]
             if not 0 <= run.layer_start < run.layer_stop <= self.num_layers:
-                problem = f"a run of layers {run.layer_start} to {run.layer_stop - 1}, of {self.num_layers}"
+                layers = f"layers {run.layer_start} to {run.layer_stop - 1}, of {self.num_layers}"
+                problem = f"{details.source_of(record)} published a run of {layers}"
                 return out + self._finish(record, now_s, "integrity_error", problem, stage=Stage.VERIFYING)
             record.num_started += 1
             if not record.needed_bits(run):
@@ -288,11 +294,12 @@ class TargetHandoffs(TargetTable):
         """Everything that the seal promises has been read under one word; does it make up the whole prompt?"""
         missing, problem = record.missing_blocks(), None
         if len(record.runs) != seal.num_runs or manifest_digest(record.runs) != seal.digest:
-            problem = f"the manifest of {seal.num_runs} runs is not that of the {len(record.runs)} runs received"
+            problem = f"its manifest of {seal.num_runs} runs is not that of the {len(record.runs)} runs received"
         elif missing:
             problem = f"{missing} of {record.num_blocks * self.num_layers} blocks were never published"
         if problem is not None:
-            return self._finish(record, now_s, "integrity_error", problem, stage=Stage.VERIFYING)
+            told = f"what {details.source_of(record)} sealed is not whole: {problem}"
+            return self._finish(record, now_s, "integrity_error", told, stage=Stage.VERIFYING)
         record.acks_left = self.settings.ack_repeats
         record.ending = self._outcome(record, TerminalState.DELIVERED, None, None, None)
         ack = self._ack(record, now_s)
@@ -318,7 +325,8 @@ class TargetHandoffs(TargetTable):
         self._tell(record, now_s, f"a read failed: {event.cause}")
         if event.cause != "lease_expired":
             stage = Stage.VERIFYING if event.cause == "integrity_error" else Stage.PULLING
-            return self._finish(record, now_s, event.cause, event.detail, stage=stage)
+            told = details.of_read_failed(record, event.detail)
+            return self._finish(record, now_s, event.cause, told, stage=stage)
         # The word fell: the source has revoked the lease. It may publish again under a new one, or say why not.
         record.dead_word, record.dead_since_s = record.word, now_s
         record.word = NO_WORD
@@ -355,7 +363,7 @@ class TargetHandoffs(TargetTable):
         record: TargetRecord,
         now_s: float,
         cause: str,
-        detail: str | None = None,
+        detail: str,
         *,
         stage: Stage | None = None,
         state: TerminalState | None = None,
@@ -365,7 +373,7 @@ class TargetHandoffs(TargetTable):
             return []
         fallback = TerminalState.RECOMPUTED if self.settings.recompute_on_failure else TerminalState.FAILED
         record.ending = self._outcome(record, state or fallback, stage or record.stage, cause, detail)
-        self._tell(record, now_s, f"ending: {cause}" + (f" ({detail})" if detail else ""))
+        self._tell(record, now_s, f"ending: {cause} ({detail})")
         out: list[Action] = [self._cancel(record, now_s, cause)] if record.connected else []
         if not self._reads_pending(record):
             return out + self._end(record, now_s)
@@ -403,7 +411,7 @@ class TargetHandoffs(TargetTable):
         ticket = HandoffTicket(event.handoff, "target", nobody, nobody, event.remaining_s)
         record = self._add(ticket, b"", now_s, event.remaining_s)
         record.state = TargetState.ABORTED
-        record.ending = self._outcome(record, TerminalState.ABORTED, Stage.QUEUE, event.reason, None)
+        record.ending = self._outcome(record, TerminalState.ABORTED, Stage.QUEUE, "handoff_aborted", event.reason)
         self._entomb(record)
 
     def _outcome(
@@ -431,9 +439,11 @@ class TargetHandoffs(TargetTable):
                 out.append(Quarantine(record.handoff, record.source))
             if record.ending is None:
                 if record.deadline_s <= now_s:
-                    out += self._finish(record, now_s, "deadline_exceeded")
+                    out += self._finish(record, now_s, "deadline_exceeded", details.of_deadline(record))
                 elif record.lapse_s <= now_s:
-                    out += self._finish(record, now_s, "source_silent" if self._serving else "serving_stalled")
+                    cause = "source_silent" if self._serving else "serving_stalled"
+                    told = details.of_silence(record, self.settings.lease_ttl_s, serving=self._serving)
+                    out += self._finish(record, now_s, cause, told)
                 elif record.beat_s <= now_s:
                     out += self._beat(record, now_s)
             self._arm(record)

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import msgspec
 
+MAX_TOLD = 300
 _TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 _CODES = {
     400: "bad_request",
+    401: "not_authenticated",
+    403: "forbidden",
     404: "not_found",
     405: "method_not_allowed",
     408: "request_timeout",
+    409: "conflict",
     411: "length_required",
     413: "request_too_large",
     414: "uri_too_long",
-    431: "headers_too_large",
     429: "rate_limit_exceeded",
+    431: "headers_too_large",
+    500: "internal_error",
     501: "not_implemented",
     502: "bad_gateway",
     503: "service_unavailable",
@@ -42,6 +49,19 @@ def error_object(status: int, message: str, *, param: str | None = None, code: s
 def error_body(status: int, message: str, *, param: str | None = None, code: str | None = None) -> bytes:
     """The JSON body of an error answer."""
     return msgspec.json.encode(error_object(status, message, param=param, code=code))
+
+
+def told_by(body: bytes) -> str:
+    """The message in the body of an instance's error, on one line; of another form, what the body begins with."""
+    text = ""
+    try:
+        answer: Any = msgspec.json.decode(body)
+        error = answer.get("error", answer)  # older vLLM has no member around it
+        text = str(error.get("message") or "")
+    except (msgspec.MsgspecError, UnicodeDecodeError, AttributeError):
+        pass
+    line = " ".join((text or body[: 4 * MAX_TOLD].decode(errors="replace")).split())
+    return line if len(line) <= MAX_TOLD else line[:MAX_TOLD] + " …"
 
 
 def error_event(status: int, message: str, *, code: str | None = None) -> bytes:

@@ -9,13 +9,21 @@ from kvferry.observe import get_log
 from kvferry.policy.routing import Candidate, Placement, choose
 from kvferry.protocol.membership import EdgeKey, InstanceReport, Lease, Member, Membership, Verdict
 from kvferry.router.upstreams import Origin
-from kvferry.types import InstanceRef, Outcome, TerminalState
+from kvferry.types import InstanceRef, Outcome, Stage, TerminalState
 
 _log = get_log("kvferry.router")
 
 # These say something about the request or about one side, nothing about the way between the two.
 _NO_FAULT_OF_THE_EDGE = frozenset(
-    {"handoff_aborted", "aborted", "cancelled", "client_gone", "prompt_mismatch", "pool_exhausted", "revoked"}
+    {
+        "handoff_aborted",
+        "handoff_unused",
+        "pool_exhausted",
+        "prompt_mismatch",
+        "source_cancelled",
+        "source_refused",
+        "source_revoked",
+    }
 )
 
 
@@ -153,7 +161,7 @@ class Fleet:
         key: EdgeKey = (prefill.instance_id, prefill.incarnation, decode.instance_id, decode.incarnation)
         if outcome.state is TerminalState.DELIVERED:
             self.membership.edge_succeeded(key)
-        elif outcome.state is not TerminalState.ABORTED and outcome.cause not in _NO_FAULT_OF_THE_EDGE:
+        elif _blames_the_edge(outcome):
             edge = self.membership.edge_failed(key, outcome.cause or "unknown", now_s)
             if edge.blocked_until_s > now_s:
                 _log.warning(
@@ -169,3 +177,11 @@ class Fleet:
         # An instance that does not say what it serves is asked for anything; it can say no itself.
         report = member.report
         return report.model in (model, "") or model in self._other_names.get(report.instance_id, ())
+
+
+def _blames_the_edge(outcome: Outcome) -> bool:
+    if outcome.state is TerminalState.ABORTED or outcome.cause in _NO_FAULT_OF_THE_EDGE:
+        return False
+    # It was the target that had no room in time.
+    waited_for_room = outcome.stage is Stage.RESERVING and outcome.cause == "deadline_exceeded"
+    return outcome.stage is not Stage.QUEUE and not waited_for_room

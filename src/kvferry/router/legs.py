@@ -8,6 +8,7 @@ import time
 from typing import Protocol
 
 from kvferry.errors import KVError, WireError
+from kvferry.router.errors import told_by
 from kvferry.router.first_token import FirstToken, FirstTokenReader
 from kvferry.router.fleet import Target
 from kvferry.router.steps import (
@@ -25,6 +26,7 @@ from kvferry.router.upstreams import Call
 
 MAX_PREFILL_ANSWER_BYTES = 16 << 20
 MAX_HELD_ANSWER_BYTES = 256 << 20
+MAX_EXCERPT_BYTES = 4096
 _REFUSED = (429, 503)
 _HOP_BY_HOP = frozenset(
     {
@@ -92,8 +94,8 @@ class PrefillLeg:
             if self.first is not None:
                 self._owner.handle(FirstTokenCame(self._attempt))
         self._num_bytes += len(data)
-        if len(self._excerpt) < 300:
-            self._excerpt += data[:300]
+        if self._status >= 400 and len(self._excerpt) < MAX_EXCERPT_BYTES:
+            self._excerpt += data[:MAX_EXCERPT_BYTES]
         if self._num_bytes > MAX_PREFILL_ANSWER_BYTES:
             call.cancel()
             self.call_failed(call, WireError("the prefill instance's answer has no end"))
@@ -102,8 +104,7 @@ class PrefillLeg:
         if self._status < 400:
             self._owner.handle(PrefillEnded(self._attempt))
             return
-        said = self._excerpt[:300].decode(errors="replace")
-        detail = f"{self.target.ref.instance_id} answered {self._status}: {said}"
+        detail = f"{self.target.ref.instance_id} answered {self._status}: {told_by(self._excerpt)}"
         failure = Failure(f"http_{self._status}", detail, taken=self._status not in _REFUSED)
         self._owner.handle(PrefillFailed(self._attempt, failure))
 
@@ -175,7 +176,8 @@ class DecodeLeg:
     def end(self) -> None:
         """The answer counts as complete, though the instance has not closed it yet."""
         failed = self.events is not None and self.events.failed
-        self._owner.handle(DecodeEnded(self._attempt, self.status, failed))
+        said = told_by(b"".join(self._held)[:MAX_EXCERPT_BYTES]) if self.status >= 400 else ""
+        self._owner.handle(DecodeEnded(self._attempt, self.status, failed, said))
 
     def call_ended(self, call: Call) -> None:
         self.end()

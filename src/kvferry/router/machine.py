@@ -66,6 +66,8 @@ class RequestMachine:
         self._last_failure: Failure | None = None
         self._held_status: int | None = None
         self._error_event = False
+        self._decode_said = ""
+        self._prefill_said = ""
         self._first_token_sent = False
         self._outcome: Outcome | None = None
         self._story: list[tuple[State, Event]] = []
@@ -129,7 +131,8 @@ class RequestMachine:
             case OutcomeOverdue():
                 return self._deliver() if self.state is State.SETTLING else []
             case ClientGone():
-                return self._end(Verdict(TerminalState.ABORTED, self.stage, "client_gone", None, self._outcome))
+                why = "the client closed its connection"
+                return self._end(Verdict(TerminalState.ABORTED, self.stage, "client_gone", why, self._outcome))
             case DeadlinePassed():
                 if self.state is State.SETTLING:
                     return self._deliver()
@@ -148,6 +151,7 @@ class RequestMachine:
         self.state = State.RUNNING
         self._outcome = None
         self._held_status = None
+        self._prefill_said = ""
         self.prefill_open = event.prefill is not None
         self._decode_open = True
         return [*closing, OpenLegs(self.attempt, self.prefill_open)]
@@ -168,6 +172,7 @@ class RequestMachine:
     def _on_prefill_failed(self, failure: Failure) -> list[Action]:
         self.prefill_open = False
         self.prefill_failure = failure
+        self._prefill_said = f"the prefill leg ended early: {failure.detail}"
         assert self.placed is not None
         retry = self.state is State.RUNNING and self._decode_open and not failure.taken
         if not retry or self.attempt + 1 >= self._max_attempts or self.placed.prefill is None:
@@ -182,8 +187,10 @@ class RequestMachine:
         self._decode_open = False
         self._held_status = event.status
         self._error_event = event.error_event
+        said = f": {event.said}" if event.said else ""
+        self._decode_said = f"{self._decode} answered {event.status}{said}"
         if self.state is State.RUNNING and (event.status >= 500 or event.status == 429):
-            return self._retry(Failure(f"http_{event.status}", f"{self._decode} answered {event.status}"))
+            return self._retry(Failure(f"http_{event.status}", self._decode_said))
         if event.status < 400 and self.promised and self._outcome is None:
             self.state = State.SETTLING
             return [AwaitOutcome(self.attempt)]
@@ -221,12 +228,15 @@ class RequestMachine:
         if status >= 400:
             cause = outcome.cause if outcome is not None and outcome.cause else f"http_{status}"
             stage = outcome.stage if outcome is not None and outcome.stage else Stage.DECODE
-            verdict = Verdict(TerminalState.FAILED, stage, cause, f"{self._decode} answered {status}", outcome, path)
+            verdict = Verdict(TerminalState.FAILED, stage, cause, self._decode_said, outcome, path)
         elif self._error_event:
             why = f"{self._decode} ended its stream with an error"
             verdict = Verdict(TerminalState.FAILED, Stage.STREAMING, "instance_error", why, outcome, path)
         elif outcome is not None:
-            verdict = Verdict(outcome.state, outcome.stage, outcome.cause, outcome.detail, outcome, path)
+            told = [outcome.detail] if outcome.detail else []
+            if outcome.state is not TerminalState.DELIVERED and self._prefill_said:
+                told.append(self._prefill_said)
+            verdict = Verdict(outcome.state, outcome.stage, outcome.cause, "; ".join(told) or None, outcome, path)
         elif self.promised:
             # Never claim a delivery that nobody confirmed.
             verdict = Verdict(
@@ -240,7 +250,8 @@ class RequestMachine:
         elif self.placed.reason in PLANNED_DIRECT:
             verdict = Verdict(TerminalState.DELIVERED, None, self.placed.reason, None, None, path)
         else:
-            verdict = Verdict(TerminalState.RECOMPUTED, Stage.QUEUE, self.placed.reason, None, None, path)
+            why = f"{self._decode} computed the prompt itself: no handoff was tried"
+            verdict = Verdict(TerminalState.RECOMPUTED, Stage.QUEUE, self.placed.reason, why, None, path)
         self.verdict = verdict
         self.state = State.FINISHED
         actions: list[Action] = [Deliver(self.attempt)]

@@ -63,11 +63,15 @@ class DecodeStarted(NamedTuple):
 
 
 class DecodeEnded(NamedTuple):
-    """The whole answer is there, or all of a stream up to its `[DONE]`. `error_event`: the stream holds an error."""
+    """The whole answer is there, or all of a stream up to its `[DONE]`. `error_event`: the stream holds an error.
+
+    `said` is the message of an answer that is an error.
+    """
 
     attempt: int
     status: int
     error_event: bool = False
+    said: str = ""
 
 
 class DecodeFailed(NamedTuple):

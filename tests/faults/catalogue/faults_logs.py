@@ -228,6 +228,14 @@ def log_of_a_pool_disk_that_fails(bench: Bench) -> list[Finding]:
     return _read(bench, [f"2026-11-22T22:16:03.120Z WARNING node-0  {line}"], [])
 
 
+@fault("KVF226", "prompts that the pool should have are computed again")
+def log_of_a_pool_node_that_does_not_answer(bench: Bench) -> list[Finding]:
+    line = (
+        'the pool did not serve; misses  node=tcp://10.0.0.1:7400 cause=transfer_timeout error="no answer within 1 s"'
+    )
+    return _read(bench, [], [f"2026-11-22T22:16:03.120Z WARNING decode-0  {line}"])
+
+
 @fault("KVF225", "some requests are late at one moment of the day", also=("KVF210",))
 def log_of_an_instance_that_fell_silent(bench: Bench) -> list[Finding]:
     gone = "instance gone  instance=prefill-0 role=prefill silent_s=3.0319"

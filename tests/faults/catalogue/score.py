@@ -32,6 +32,9 @@ def table() -> str:
         "namespaces, proxies, logs) and named by `kvferry doctor` as its first finding, with nothing false beside it;",
         f"{len(HEALTHY)} healthy clusters give no finding. `make faults` runs them and prints precision and recall.",
         "",
+        "What each cause of a failed or recomputed request means, and each code of an error: "
+        "[findings/causes.md](findings/causes.md).",
+        "",
         "| fault | symptom | finding | mend |",
         "|---|---|---|---|",
     ]

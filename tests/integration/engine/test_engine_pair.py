@@ -168,7 +168,8 @@ def test_a_lease_that_ends_during_the_prefill_ends_the_leg(pair: MakePair, promp
     both.source.engine.step()
     both.source_node.expire()
     both.run()
-    assert isinstance(events[-1], Failure) and events[-1].error.code == "handoff_expired"
+    assert isinstance(events[-1], Failure) and events[-1].error.code == "handoff_ended"
+    assert "ended (expired)" in events[-1].error.message
     assert is_empty(both)
 
 

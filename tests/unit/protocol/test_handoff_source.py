@@ -311,7 +311,7 @@ def test_preemption_ends_one_lease_and_opens_another_with_a_new_word_in_another_
 @pytest.mark.parametrize(
     ("event", "reason", "cause", "gone"),
     [
-        (Revoked(H), ReleaseReason.REVOKED, "pressure", "revoked"),
+        (Revoked(H), ReleaseReason.REVOKED, "other requests needed the room", "revoked"),
         (Failed(H, "out_of_memory"), ReleaseReason.FAILED, "out_of_memory", "failed"),
         (Cancelled(H, "aborted"), ReleaseReason.CANCELLED, "aborted", "cancelled"),
     ],
@@ -339,7 +339,8 @@ def test_a_lost_target_frees_what_it_had_subscribed_to_and_nothing_else() -> Non
     waiting = HandoffId("bb" * 16)
     machine.do(offered(waiting), 0.5)
     machine.hear(subscribe(handoff=HandoffId("cc" * 16)), 0.5)
-    assert machine.do(PeerLost(D), 1.0) == released(ReleaseReason.FAILED, "peer_gone")
+    why = "the connection to the decode instance was lost: it closed it"
+    assert machine.do(PeerLost(D, "peer_gone", "it closed it"), 1.0) == released(ReleaseReason.FAILED, why)
     assert machine.table.knows(waiting) and len(machine.table) == 2
     assert machine.do(PeerLost(OTHER), 1.0) == []
 

@@ -305,7 +305,7 @@ def test_a_prompt_that_was_not_published_whole_is_not_accepted() -> None:
     machine.state(0.2, runs=RUNS[:1], seal=Manifest(1, 3, manifest_digest(RUNS[:1])))
     actions = machine.do(ReadCompleted(H, 1), 0.3)
     assert end(actions) == ("recomputed", "verifying", "integrity_error")
-    assert outcome(actions).detail == "3 of 6 blocks were never published"
+    assert outcome(actions).detail == "what p sealed is not whole: 3 of 6 blocks were never published"
 
 
 @pytest.mark.parametrize("layers", [range(-1, 1), range(1, 3), range(1, 1)])
@@ -356,9 +356,8 @@ def test_a_source_that_cannot_be_reached() -> None:
     machine = Machine()
     machine.do(selected(), 0.0)
     actions = machine.do(ConnectFailed(H, "peer_gone", "refused"), 0.1)
-    assert actions == [
-        Ended(H, Outcome(H, TerminalState.RECOMPUTED, Stage.WAITING, "peer_gone", "refused", duration_s=0.1))
-    ]
+    told = "no way to p: refused"
+    assert actions == [Ended(H, Outcome(H, TerminalState.RECOMPUTED, Stage.WAITING, "peer_gone", told, duration_s=0.1))]
     silent = Machine()
     silent.do(selected(), 0.0)
     assert end(silent.do(Tick(), 3.0)) == ("recomputed", "waiting", "source_silent")
@@ -390,7 +389,8 @@ def test_a_ticket_for_another_incarnation_of_this_instance() -> None:
 )
 def test_gone_ends_the_wait_at_once(reason: str, cause: str) -> None:
     actions = waiting().hear(Gone(**head(sequence=1, reason=reason, detail="why")), 0.5)
-    assert end(actions) == ("recomputed", "waiting", cause) and outcome(actions).detail == "why"
+    told = outcome(actions).detail or ""
+    assert end(actions) == ("recomputed", "waiting", cause) and " p " in f" {told} " and told.endswith(": why")
 
 
 def test_a_source_without_room_to_park_is_asked_again() -> None:
@@ -410,6 +410,49 @@ def test_a_wrong_digest_is_caught_while_verifying() -> None:
     machine = pulling()
     machine.do(ReadCompleted(H, 1), 0.3)
     assert end(machine.do(ReadFailed(H, 2, "integrity_error"), 0.4)) == ("recomputed", "verifying", "integrity_error")
+
+
+@pytest.mark.parametrize(
+    ("event", "told"),
+    [
+        (Tick(), "nothing was heard of p for 3 s, the lease's time"),
+        (
+            PeerLost(P, "peer_gone", "it closed the connection"),
+            "the connection to p was lost: it closed the connection",
+        ),
+        (PeerLost(P), "the connection to p was lost"),
+        (Received(P, Gone(**head(sequence=9, reason="unknown"))), "p knows nothing of this handoff (any more)"),
+        (
+            Received(P, Gone(**head(sequence=9, reason="expired", detail="nobody asked"))),
+            "p let its blocks go: nobody asked",
+        ),
+        (Received(P, Gone(**head(sequence=9, reason="of later days"))), "p answered of later days"),
+        (Cancelled(H, "the client left"), "the client left"),
+    ],
+)
+def test_each_end_is_told_in_words_with_the_sources_name(event: TargetEvent, told: str) -> None:
+    assert outcome(waiting().do(event, 3.2)).detail == told
+
+
+def test_a_deadline_tells_how_far_it_had_got() -> None:
+    within = "within 10.0 s, the time that it had"
+    queued = Machine()
+    queued.do(Queued(ticket(), DIGEST), 0.0)
+    queued.do(Connected(H, P), 0.1)
+    unknown, begun = waiting(), waiting()
+    for machine, word, told in (
+        (queued, Word(0), f"no room for its blocks came free {within}"),
+        (unknown, Word(0), f"p did not begin with it {within}"),
+        (begun, W1, f"p published nothing of it {within}"),
+    ):
+        machine.state(0.2, word=word, remaining_s=20.0)
+        assert outcome(machine.do(Tick(), 10.0)).detail == told
+    moving = waiting()
+    moving.state(0.2, runs=RUNS, remaining_s=20.0)
+    moving.do(ReadCompleted(H, 1), 0.3)
+    moving.do(Tick(), 10.0)
+    told = f"1 of the 2 runs that p had published were read {within}; more were to come"
+    assert outcome(moving.do(ReadFailed(H, 2, "handoff_aborted"), 10.1)).detail == told
 
 
 def test_the_policy_may_be_to_fail() -> None:
@@ -440,7 +483,7 @@ def test_after_a_stall_messages_are_heard_before_the_wait_ends() -> None:
     ("event", "verdict"),
     [
         (PeerLost(P), ("recomputed", "pulling", "peer_gone")),
-        (Cancelled(H, "client_gone"), ("aborted", "pulling", "client_gone")),
+        (Cancelled(H, "the client left"), ("aborted", "pulling", "handoff_aborted")),
         (Received(P, Gone(**head(sequence=9, reason="expired"))), ("recomputed", "pulling", "source_expired")),
         (ReadFailed(H, 1, "integrity_error"), ("recomputed", "verifying", "integrity_error")),
     ],
@@ -485,7 +528,7 @@ def test_a_client_that_leaves_during_the_drain_makes_it_an_abort() -> None:
     assert machine.do(Cancelled(H, "client_gone"), 1.1) == []
     machine.do(ReadFailed(H, 1, "handoff_aborted"), 1.2)
     last = machine.do(ReadFailed(H, 2, "handoff_aborted"), 1.2)
-    assert end(last) == ("aborted", "draining", "client_gone")
+    assert end(last) == ("aborted", "draining", "handoff_aborted") and outcome(last).detail == "client_gone"
 
 
 # After the end

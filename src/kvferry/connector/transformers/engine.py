@@ -183,9 +183,10 @@ class Engine:
             stopping = self._stopping.is_set()
             if not stopping:
                 log.critical("the serving loop of the engine died; its requests fail, the instance is unhealthy")
-            error = RequestError(
-                "the instance is stopping" if stopping else "the engine's serving loop died", status=503
+            why = (
+                "the instance is stopping" if stopping else "the engine's serving loop died; its log has the traceback"
             )
+            error = RequestError(why, code="unhealthy", status=503)
             for request_id in list(self._requests):
                 self._fail(request_id, error)
             while not self._commands.empty():

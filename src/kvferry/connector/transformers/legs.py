@@ -111,9 +111,11 @@ class Legs:
                 self._let_go(sequence)
                 continue
             # The other side has gone, or the lease ran out: nobody will pull what is computed from here on.
+            ticket, why = sequence.request.ticket, f": {ended.cause}" if ended.cause else ""
+            target = ticket.target.instance_id if ticket is not None else "the decode instance"
             error = RequestError(
-                f"the handoff ended while its prompt was being computed: {ended.cause or ended.reason}",
-                code=f"handoff_{ended.reason}",
+                f"the handoff to {target} ended ({ended.reason}) while its prompt was being computed{why}",
+                code="handoff_ended",
                 status=503,
             )
             self._fail(sequence.request.request_id, error)
@@ -125,7 +127,7 @@ class Legs:
         if late.remaining_s <= 0:
             error = RequestError(
                 f"the handoff's deadline of {ticket.remaining_s:.1f} s passed while the request waited for room",
-                code="transfer_timeout",
+                code="deadline_exceeded",
                 status=503,
             )
             self._fail(sequence.request.request_id, error)
@@ -172,8 +174,11 @@ class Legs:
         crowded = num_recomputing >= self._settings.max_recomputing
         if self._settings.on_failure == "fail" or crowded:
             why = f", and {num_recomputing} prompts are being recomputed already" if crowded else ""
+            ticket, cause = sequence.request.ticket, outcome.cause or outcome.state
+            source = ticket.source.instance_id if ticket is not None else "the prefill instance"
+            told = f"{outcome.detail} ({cause})" if outcome.detail else cause
             error = RequestError(
-                f"the KV cache did not arrive ({outcome.cause or outcome.state}: {outcome.detail or 'no detail'}){why}",
+                f"the KV cache of {source} did not arrive: {told}{why}",
                 code=outcome.cause or "handoff_failed",
                 status=503 if crowded else 502,
             )

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from kvferry.doctor.case import Case
+from kvferry.doctor.causes import Cause, cause_of
 from kvferry.doctor.checks.live import SILENT_S, instances_of, is_probe
 from kvferry.doctor.findings import Finding, found
 
@@ -17,83 +18,6 @@ MIN_OUTCOMES = 4
 _UNKNOWN = "an unknown peer"
 _NAMED = 5
 _WAITING = ("reserving", "waiting", "subscribed", "pulling", "draining")
-
-_MEANINGS = {
-    "source_silent": (
-        "{prefill} took the subscription and then said nothing: its process was stopped or its network went away",
-        "look at {prefill}: is it stopped, is its node gone?",
-    ),
-    "source_expired": (
-        "{prefill} let the blocks go when their lease ended, as it heard nothing of {decode}: {decode} took up the "
-        "request too late, or the threads that answer for one of them got no processor",
-        "look at the queue of {decode} in kvferry top and at the processor load of both nodes; a longer lease_ttl_s "
-        "bears longer pauses",
-    ),
-    "source_revoked": (
-        "{prefill} needed the room and took the blocks back before {decode} had read them",
-        "more KV blocks on {prefill}, fewer requests at once, or another prefill instance",
-    ),
-    "source_failed": (
-        "the prefill of this request failed at {prefill}",
-        "read the log of {prefill} at that time",
-    ),
-    "source_cancelled": (
-        "the request was cancelled at {prefill} while {decode} still waited for it",
-        "none if the client went away; else read why {prefill} aborted it",
-    ),
-    "source_refused": (
-        "{prefill} had no room for another open handoff",
-        "fewer requests at once, or another prefill instance",
-    ),
-    "source_unknown": (
-        "{prefill} knows nothing of this handoff (any more): the request never came there, or it ended long before",
-        "kvferry doctor --router URL --probe: does something between router and {prefill} drop kv_transfer_params?",
-    ),
-    "peer_gone": (
-        "the connection to {prefill} broke or could not be opened: its process ended, or its address is not reached",
-        "start {prefill} again; if it runs, kvferry doctor --prefill PID --decode PID --probe",
-    ),
-    "transfer_timeout": (
-        "no connection or no block in time: {prefill} queues, or the way to it is slow or closed",
-        "kvferry doctor --prefill PID --decode PID --probe, and kvferry top for its queue",
-    ),
-    "deadline_exceeded": (
-        "the KV was not complete before the handoff's deadline: {prefill} queues or computes for longer than that",
-        "more prefill instances, or a longer handoff.deadline_s",
-    ),
-    "reserving/deadline_exceeded": (
-        "{decode} had no room for it before the handoff's deadline: its KV cache was full",
-        "more KV blocks on {decode}, fewer requests at once, or another decode instance",
-    ),
-    "lease_expired": (
-        "{prefill} gave the blocks to another request before {decode} had read them",
-        "more KV blocks on {prefill}, or fewer requests at once",
-    ),
-    "integrity_error": (
-        "bytes that arrived are not the bytes that were sent",
-        "kvferry doctor --probe between these two nodes; something between them changes bytes",
-    ),
-    "compatibility_error": (
-        "the two instances differ where they must agree",
-        "kvferry doctor --prefill PID --decode PID names what differs",
-    ),
-    "authentication_error": (
-        "the two instances have different cluster secrets",
-        "give both the same KVFERRY_CLUSTER_SECRET and start them again",
-    ),
-    "prompt_mismatch": (
-        "the two instances got different prompts: a proxy or a tokenizer changed one of them",
-        "the same tokenizer and chat template on both; kvferry doctor --router URL --probe",
-    ),
-    "incarnation_changed": (
-        "{prefill} was started again in between, so its blocks are gone",
-        "none if that was on purpose; else read why it ended",
-    ),
-    "serving_stalled": (
-        "the serving loop of {decode} stood still",
-        "look at {decode} (py-spy dump), then start it again",
-    ),
-}
 
 
 def handoffs(case: Case) -> Iterator[Finding]:
@@ -266,20 +190,20 @@ def _ended(state: dict[str, Any]) -> Iterator[Finding]:
             continue  # The client's own error.
         if kind == "recomputed" and mostly:
             continue
-        meaning, mend = _meaning(stage, cause, last)
+        texts = _texts(stage, cause, last)
         yield found(
             "KVF110" if kind == "failed" else "KVF115",
             f"{len(requests)} of the last {len(ended)} requests {'failed' if kind == 'failed' else 'were recomputed'}: "
             f"at {stage} with {cause} ({_pair(last)}), the last one {last.get('request')} with handoff "
             f"{last.get('handoff')} after {float(last.get('handoff_s') or last.get('total_s') or 0):.1f} s"
             + (f": {last['detail']}" if last.get("detail") else "")
-            + (f"; {meaning}" if meaning else ""),
-            mend,
+            + (f"; {texts.meaning}" if texts.meaning else ""),
+            texts.mend,
         )
     if mostly:
         causes = [
             f"{len(v)} x {stage}/{cause} ({_pair(v[-1])})"
-            + (f", {m}" if (m := _meaning(stage, cause, v[-1])[0]) else "")
+            + (f", {m}" if (m := _texts(stage, cause, v[-1]).meaning) else "")
             for (kind, stage, cause), v in groups.items()
             if kind == "recomputed"
         ]
@@ -290,8 +214,7 @@ def _pair(record: dict[str, Any]) -> str:
     return f"{record.get('prefill') or '?'} to {record.get('decode') or '?'}"
 
 
-def _meaning(stage: str, cause: str, record: dict[str, Any]) -> tuple[str, str]:
-    """What a stage and a cause say of the pair, and what to do; empty for causes that speak for themselves."""
-    names = {"prefill": record.get("prefill") or "prefill", "decode": record.get("decode") or "decode"}
-    meaning, mend = _MEANINGS.get(f"{stage}/{cause}") or _MEANINGS.get(cause, ("", ""))
-    return meaning.format(**names), mend.format(**names)
+def _texts(stage: str, cause: str, record: dict[str, Any]) -> Cause:
+    """What a stage and a cause say of the pair, and what to do; empty for a word that another release gave."""
+    texts = cause_of(cause, stage) or Cause("", "")
+    return texts.named(prefill=str(record.get("prefill") or "prefill"), decode=str(record.get("decode") or "decode"))
