@@ -5,7 +5,8 @@
 
     2026-11-22T22:16:03.120Z INFO    decode-0  handoff ended  handoff=4f0e… state=delivered bytes=8192
 
-An event is a fixed text, so that lines can be counted; everything that varies is a field. The ids are always called
+An event is a fixed text, so that lines can be counted; everything that varies is a field, and a field that is None is
+left out. The ids are always called
 `request` and `handoff`. Lines go to standard error. It is the standard library's logging below, so that the lines of
 other libraries come out in the same form.
 """
@@ -142,7 +143,7 @@ def _utc(record: logging.LogRecord) -> str:
 
 
 def _event_and_fields(record: logging.LogRecord) -> tuple[str, dict[str, Any]]:
-    fields = dict(getattr(record, _FIELDS, {}))
+    fields = {key: value for key, value in getattr(record, _FIELDS, {}).items() if value is not None}
     if record.exc_info and record.exc_info[0] is not None:
         fields["traceback"] = logging.Formatter().formatException(record.exc_info)
     try:
@@ -152,7 +153,7 @@ def _event_and_fields(record: logging.LogRecord) -> tuple[str, dict[str, Any]]:
 
 
 def _text_value(value: Any) -> str:
-    if isinstance(value, bool) or value is None:
+    if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, float):
         return f"{value:.6g}"

@@ -115,6 +115,41 @@ def test_logs_are_merged_by_time_and_the_cause_comes_before_its_consequences() -
     assert "cmpl-aa was last well at 10:00:01" in story.paragraph
 
 
+@pytest.mark.parametrize(
+    ("line", "why", "fix"),
+    [
+        (
+            "2026-11-22T22:16:03.120Z WARNING router  request ended  request=r-3 state=recomputed stage=waiting "
+            "cause=source_revoked prefill=prefill-1 decode=decode-2",
+            "prefill-1 needed the room and took the blocks back before decode-2 had read them.",
+            "more KV blocks on prefill-1",
+        ),
+        (
+            '{"ts":"2026-11-22T22:16:03.120Z","event":"request ended","state":"failed","status":502,'
+            '"stage":"decode","cause":"peer_gone","prefill":"prefill-1","decode":"decode-2"}',
+            "the router lost decode-2",
+            "look at decode-2",
+        ),
+        (
+            "(EngineCore pid=7) WARNING 11-26 05:11:02 [scheduler.py:380] handoff 5e5591bd7f214e35b23adf0cbd620f19 of "
+            "request cmpl-1-0 from prefill-1: recomputed in stage reserving: deadline_exceeded: no room came free",
+            "decode had no room for it",
+            "more KV blocks on decode",
+        ),
+        (
+            "2026-11-22T22:16:03.120Z WARNING decode-0  the pool cannot serve this  cause=pool_exhausted error=full",
+            "more waited to be saved than may",
+            "engine.pool_saving_bytes",
+        ),
+        ("2026-11-22T22:16:03.120Z INFO d  handoff ended  state=recomputed cause=of_later_days", "", "see what came"),
+    ],
+)
+def test_the_cause_in_a_line_is_explained(line: str, why: str, fix: str) -> None:
+    (finding,) = tell(parse_lines([line], "x.log", 2026)).findings
+    assert why in finding.why and finding.why.startswith(catalogue()[finding.finding].why)
+    assert finding.fix.startswith(fix) or fix in finding.fix
+
+
 def test_logs_without_trouble_say_so() -> None:
     lines = parse_lines(["INFO 11-22 10:00:00 [engine.py:310] Added request cmpl-aa-0."], "p.log", 2026)
     story = tell(lines)

@@ -62,6 +62,14 @@ def test_json_line(lines: Callable[..., io.StringIO]):
     assert got["cause"] == "peer_gone" and got["field_level"] == "mine"
 
 
+@pytest.mark.parametrize("form", ["text", "json"])
+def test_a_fact_that_is_not_there_is_not_written(lines: Callable[..., io.StringIO], form: str):
+    out = lines(format=form)
+    get_log("kvferry.x").info("handoff ended", state="delivered", cause=None, detail=None, bytes=0)
+    assert "bytes" in out.getvalue()
+    assert not any(word in out.getvalue() for word in ("cause", "detail", "none", "null"))
+
+
 def test_levels(lines: Callable[..., io.StringIO]):
     out = lines(level="warning")
     get_log("kvferry.x").info("quiet")

@@ -200,6 +200,22 @@ def test_prefill_lost_on_the_way_or_after_decode_began_is_not_replaced() -> None
     assert machine(PAIR, DecodeEnded(0, 200)).handle(PrefillFailed(0, NOT_TAKEN)) == []
 
 
+def test_what_an_instance_said_is_in_the_verdict() -> None:
+    said = machine(PAIR, DecodeEnded(0, 500, said="out of memory"), attempts=1).verdict
+    assert said is not None and said.detail == "d0 answered 500: out of memory"
+    refused = Failure("http_503", "p0 answered 503: 64 requests wait already", taken=False)
+    late = outcome("recomputed", stage=Stage.WAITING, cause="deadline_exceeded", detail="p0 did not begin with it")
+    m = machine(PAIR, PrefillFailed(0, refused), Unplaced("none"), OutcomeArrived(0, late), DecodeEnded(0, 200))
+    told = "p0 did not begin with it; the prefill leg ended early: p0 answered 503: 64 requests wait already"
+    assert m.verdict is not None and m.verdict.detail == told
+
+
+def test_a_prefill_that_failed_before_is_not_named_after_another_took_over() -> None:
+    report = outcome("recomputed", stage=Stage.WAITING, cause="source_silent", detail="nothing was heard of p1")
+    m = machine(PAIR, PrefillFailed(0, NOT_TAKEN), Placed("d0", "p1"), OutcomeArrived(1, report), DecodeEnded(1, 200))
+    assert m.verdict is not None and m.verdict.detail == "nothing was heard of p1"
+
+
 @pytest.mark.parametrize(
     ("events", "closing", "stage"),
     [
