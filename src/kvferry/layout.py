@@ -18,7 +18,7 @@ import numpy.typing as npt
 from kvferry.errors import CompatibilityError
 
 Offsets = npt.NDArray[np.int64]
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 
 
 class Fingerprint(msgspec.Struct, frozen=True):
@@ -161,6 +161,29 @@ def plan_copy(
     ]
 
 
+def shared_heads(layout: KVLayout, rank: int, size: int) -> range:
+    """The heads of this rank that rank `rank` of `size` has too, counted over all ranks; empty where there are none."""
+    first, other = layout.tp_rank * layout.num_kv_heads, layout.num_kv_heads * layout.tp_size // size
+    return range(max(first, rank * other), min(first + layout.num_kv_heads, (rank + 1) * other))
+
+
+def head_vectors(layout: KVLayout, grid: HeadGrid, heads: range) -> Offsets:
+    """int64 [num_parts * num_heads * block_size]: where each vector of these heads starts inside a block: part by part,
+    head by head, token by token, however the layout has them.
+
+    Args:
+        heads: of this rank's, counted over all ranks.
+    """
+    parts = np.asarray(grid.part_offsets, dtype=np.int64)
+    rows = np.arange(heads.start, heads.stop) - layout.tp_rank * layout.num_kv_heads
+    vectors: Offsets = (
+        parts[:, None, None]
+        + (rows * grid.head_stride)[None, :, None]
+        + (np.arange(layout.block_size) * grid.token_stride)[None, None, :]
+    )
+    return vectors.ravel()
+
+
 def layers_by_regions(source: KVLayout, target: KVLayout, layers: range) -> dict[tuple[int, int], list[int]]:
     """The layers of each copy of `plan_copy`, by (source region, target region): its offsets are layer after layer, of
     each all blocks."""
@@ -207,29 +230,17 @@ def _inner_offsets(source: KVLayout, target: KVLayout) -> tuple[Offsets, Offsets
             f"a head vector has {s_grid.vector_bytes} bytes in {len(s_grid.part_offsets)} parts at the source, "
             f"{t_grid.vector_bytes} in {len(t_grid.part_offsets)} at the target: both must be equal"
         )
-    s_first, t_first = source.tp_rank * source.num_kv_heads, target.tp_rank * target.num_kv_heads
     if source.num_kv_heads * source.tp_size != target.num_kv_heads * target.tp_size:
         # Fewer heads than ranks: vLLM repeats each head on several ranks.
         raise CompatibilityError(
             f"{source.num_kv_heads} heads on {source.tp_size} ranks and {target.num_kv_heads} on {target.tp_size} "
             "are not slices of the same heads"
         )
-    low = max(s_first, t_first)
-    high = min(s_first + source.num_kv_heads, t_first + target.num_kv_heads)
-    if low >= high:
+    heads = shared_heads(source, target.tp_rank, target.tp_size)
+    if not heads:
         raise CompatibilityError(f"ranks {source.tp_rank} and {target.tp_rank} share no head")
-    heads, tokens = np.arange(low, high), np.arange(source.block_size)
-
-    def at(grid: HeadGrid, first: int) -> Offsets:
-        parts = np.asarray(grid.part_offsets, dtype=np.int64)
-        cells: Offsets = (
-            parts[:, None, None]
-            + ((heads - first) * grid.head_stride)[None, :, None]
-            + (tokens * grid.token_stride)[None, None, :]
-        )
-        return cells.ravel()
-
-    return _merge_runs(at(s_grid, s_first), at(t_grid, t_first), s_grid.vector_bytes)
+    vectors = head_vectors(source, s_grid, heads), head_vectors(target, t_grid, heads)
+    return _merge_runs(*vectors, s_grid.vector_bytes)
 
 
 def _merge_runs(source: Offsets, target: Offsets, nbytes: int) -> tuple[Offsets, Offsets, int]:

@@ -1,7 +1,7 @@
 """A model whose layers differ, with vLLM's hybrid KV cache manager: a block table each for windows and whole prompts.
 
 The window is 256 tokens, two blocks; prompts beyond 512 are computed in chunks, so that blocks leave the window and are
-freed before the prompt is whole.
+freed before the prompt is whole. P is one rank and fails requests whose load fails, D is two and recomputes them.
 """
 
 import pytest
@@ -10,6 +10,7 @@ from serving import PATIENCE_S, PATIENT, complete, prompt_of
 NUM_TOKENS = 8
 LENGTHS = (1, 128, 257, 385, 700, 1900)
 BLOCK, WINDOW = 128, 256
+NUM_RANKS = 2
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -27,7 +28,12 @@ def pair(start_pair, tmp_path_factory, _version):
     environment = {"KVFERRY_TEST_FLAGS": str(flags)}
     few = ["--num-gpu-blocks-override", "48"]  # so that freed blocks have new owners soon
     pair = start_pair(
-        "gemma3", prefill_flags=few, prefill_kv=dict(lying), decode_kv=dict(lying), environment=environment
+        "gemma3",
+        prefill_flags=few,
+        decode_flags=["--tensor-parallel-size", str(NUM_RANKS)],
+        prefill_kv={"policy": "fail", **lying},
+        decode_kv=dict(lying),
+        environment=environment,
     )
     pair.flags = flags
     return pair
@@ -51,15 +57,18 @@ def test_vllm_keeps_two_tables(pair):
         assert "Turning off hybrid kv cache manager" not in server.log.read_text(errors="replace")
 
 
-def test_tokens_equal_and_only_what_the_window_sees_travels(pair, all_free_after):
+@pytest.mark.parametrize("direction", ["1 to 2", "2 to 1"])
+def test_tokens_equal_and_only_what_the_window_sees_travels(pair, all_free_after, direction):
+    way = pair if direction == "1 to 2" else pair.swapped()
     for length in LENGTHS:
-        pulled = pair.decode.metric("vllm:kvferry_pulled_blocks_total")
-        prompt = prompt_of(length, seed=length)
-        result = pair.complete(prompt, NUM_TOKENS)
+        pulled = way.decode.metric("vllm:kvferry_pulled_blocks_total")
+        prompt = prompt_of(length, seed=length + (0 if direction == "1 to 2" else 10_000))
+        result = way.complete(prompt, NUM_TOKENS)
         assert result.outcome.state == "delivered", (length, result.outcome)
-        # P computed this prompt itself; asked without a ticket it decodes too, as a single instance does.
-        assert result.token_ids == complete(pair.prefill.url, prompt, NUM_TOKENS), f"prompt of {length} tokens"
-        assert pair.decode.metric("vllm:kvferry_pulled_blocks_total") - pulled == blocks_wanted(length), length
+        # The source computed this prompt itself; asked without a ticket it decodes too, as a single instance does.
+        assert result.token_ids == complete(way.prefill.url, prompt, NUM_TOKENS), f"prompt of {length} tokens"
+        wanted = blocks_wanted(length) * (NUM_RANKS if direction == "1 to 2" else 1)
+        assert way.decode.metric("vllm:kvferry_pulled_blocks_total") - pulled == wanted, length
 
 
 def test_several_at_a_time_and_prefixes_that_are_there(pair, all_free_after):
@@ -80,6 +89,16 @@ def test_a_corrupt_byte_is_recomputed_in_all_layers(pair, all_free_after):
     (pair.flags / "corrupt").unlink()
     assert (result.outcome.state, result.outcome.cause) == ("recomputed", "integrity_error")
     assert result.token_ids == complete(pair.prefill.url, prompt, NUM_TOKENS)
+
+
+def test_a_corrupt_byte_ends_the_request_where_the_policy_is_to_fail(pair, all_free_after):
+    (pair.flags / "corrupt").touch()
+    legs = pair.swapped().send(prompt_of(900, seed=8_200), NUM_TOKENS)
+    statuses = [leg.result(PATIENCE_S)[0] for leg in legs[:2]]
+    (pair.flags / "corrupt").unlink()
+    assert statuses == [200, 500]
+    outcome = pair.registry.outcome(legs[2])
+    assert (outcome.state, outcome.cause) == ("failed", "integrity_error")
 
 
 def test_what_leaves_the_sources_window_is_there_until_the_target_has_it(pair, all_free_after):

@@ -9,7 +9,7 @@ import numpy as np
 
 from kvferry.handoff.digests import DigestKind, Memory, block_digests, joined_sums
 from kvferry.handoff.words import WORD_BYTES, CudaWords, HostWords, Words
-from kvferry.layout import KVLayout, Offsets, block_offsets, layers_by_regions
+from kvferry.layout import KVLayout, Offsets, block_offsets, head_vectors, layers_by_regions
 from kvferry.transfer import TransferEngine
 from kvferry.transport.base import Region
 from kvferry.transport.checksum import Sums, sums_of_blocks
@@ -46,26 +46,40 @@ class KVMemory:
         tensor = torch.zeros(num_slots, dtype=torch.int64, device=f"cuda:{cuda.device}")
         return CudaWords(tensor, self._engine.register(tensor))
 
-    def digests(self, kind: DigestKind, layout: KVLayout, layers: range, block_ids: Sequence[int] | Offsets) -> bytes:
+    def digests(
+        self,
+        kind: DigestKind,
+        layout: KVLayout,
+        layers: range,
+        block_ids: Sequence[int] | Offsets,
+        heads: range | None = None,
+    ) -> bytes:
         """The digests of these blocks as they are now; empty where this process cannot take any of this kind. Blocks.
 
+        Args:
+            heads: only these heads, counted over all ranks; None: whole blocks.
         Raises: TransportError, TransferTimeout: the GPU did not take them.
         """
         if kind == "xxh3" and self._on_host(layout, layers):
-            return block_digests(self._host_bytes(), layout, layers, block_ids)
-        return self._sum_digests(layout, layers, block_ids) if kind == "sum" else b""
+            return block_digests(self._host_bytes(), layout, layers, block_ids, heads)
+        return self._sum_digests(layout, layers, block_ids, heads) if kind == "sum" else b""
 
-    def _sum_digests(self, layout: KVLayout, layers: range, block_ids: Sequence[int] | Offsets) -> bytes:
+    def _sum_digests(
+        self, layout: KVLayout, layers: range, block_ids: Sequence[int] | Offsets, heads: range | None
+    ) -> bytes:
+        pieces, nbytes = np.zeros(1, dtype=np.int64), layout.block_bytes
+        if heads is not None and layout.grid is not None:
+            pieces, nbytes = head_vectors(layout, layout.grid, heads), layout.grid.vector_bytes
         order: list[int] = []
         sums: list[Sums] = []
         for (region, _), group in layers_by_regions(layout, layout, layers).items():
-            offsets = np.concatenate([block_offsets(layout, layer, block_ids) for layer in group])
-            found = self._sums(self.regions[region], offsets, layout.block_bytes)
+            blocks = np.concatenate([block_offsets(layout, layer, block_ids) for layer in group])
+            found = self._sums(self.regions[region], (blocks[:, None] + pieces).ravel(), nbytes)
             if found is None:
                 return b""
             order += group
             sums.append(found)
-        return joined_sums(np.concatenate(sums), order)
+        return joined_sums(np.concatenate(sums), order, len(pieces))
 
     def _sums(self, region: Region, offsets: Offsets, nbytes: int) -> Sums | None:
         if region.kind == "host":

@@ -21,7 +21,7 @@ from kvferry.addresses import host_of, is_wildcard
 from kvferry.clock import Clock, RealClock
 from kvferry.errors import ConfigError, KVError, TransportError
 from kvferry.handoff.channels import Channels, encode
-from kvferry.handoff.digests import DigestKind, Memory
+from kvferry.handoff.digests import DigestKind, Memory, heads_to_check
 from kvferry.handoff.loop import NodeLoop
 from kvferry.handoff.memory import KVMemory
 from kvferry.handoff.pulls import Pulls, Target
@@ -149,6 +149,7 @@ class HandoffNode:
         self._source = SourceHandoffs(self.incarnation, self.settings, _new_word)
         self._target_table: TargetHandoffs | None = None
         self._targets: dict[HandoffId, Target] = {}
+        self._heads: dict[HandoffId, range] = {}  # of open handoffs to another slice: what digests are of
         self._released: deque[Released] = deque()
         self._outcomes: deque[Outcome] = deque()
         self._loop = NodeLoop(self._clock)
@@ -218,9 +219,18 @@ class HandoffNode:
 
     # The source's side -----------------------------------------------------------------------------------------
 
-    def offer(self, ticket: HandoffTicket, prompt_digest: bytes, num_blocks: int) -> None:
-        """A prefill request is admitted: its lease starts now. `released` will name it exactly once."""
-        self._source_event(Offered(ticket, prompt_digest, num_blocks))
+    def offer(
+        self, ticket: HandoffTicket, prompt_digest: bytes, num_blocks: int, *, target: tuple[int, int] | None = None
+    ) -> None:
+        """A prefill request is admitted: its lease starts now. `released` will name it exactly once.
+
+        Args:
+            target: rank and tensor-parallel size of the target, where they may differ from this rank's.
+        """
+        with self._lock:
+            if target is not None and (heads := heads_to_check(self._require_layout(), *target)) is not None:
+                self._heads[ticket.handoff] = heads
+            self._source_event(Offered(ticket, prompt_digest, num_blocks))
 
     def publish(self, handoff: HandoffId, layers: range, first_block: int, block_ids: Sequence[int]) -> None:
         """The prompt's blocks `first_block` onwards are complete in `layers`: the kernel that wrote them has ended.
@@ -230,7 +240,8 @@ class HandoffNode:
         digest = b""
         if self.layout is not None:
             try:
-                digest = self._memory.digests(self._digest, self.layout, layers, block_ids)
+                heads = self._heads.get(handoff)
+                digest = self._memory.digests(self._digest, self.layout, layers, block_ids, heads)
             except TransportError as error:
                 _log.error("handoff %s cannot be published: %s", handoff, error)
                 self.fail(handoff, error.cause)
@@ -340,6 +351,7 @@ class HandoffNode:
                     self._loop.call(self._channels.send, peer, encode(message))
                 case ReleaseBlocks(handoff, _, reason, cause):
                     if reason is not ReleaseReason.PREEMPTED:
+                        self._heads.pop(handoff, None)
                         self._released.append(Released(handoff, reason, cause, self._clock.now_s()))
                         self._wake()
                 case Connect():
@@ -364,6 +376,7 @@ class HandoffNode:
         if reason == "duplicate":
             return
         if side == "source":
+            self._heads.pop(handoff, None)
             self._released.append(Released(handoff, ReleaseReason.FAILED, reason, self._clock.now_s()))
         else:
             self._targets.pop(handoff, None)

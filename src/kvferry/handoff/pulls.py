@@ -96,7 +96,7 @@ class Pulls:
                 guard=plan.guard,
                 deadline_s=wanted.deadline_s,
                 priority=READ_PRIORITY,
-                summing=plan.kind == "sum",
+                summing=plan.kind == "sum" and plan.heads is None,
             )
         except TransferUnfinished as error:
             _log.error("handoff %s keeps its blocks aside: %s", wanted.handoff, error)

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvferry.errors import IntegrityError, PeerGone
-from kvferry.handoff.digests import DIGEST_BYTES, DigestKind, digests_fit, first_difference, joined_sums
+from kvferry.handoff.digests import DIGEST_BYTES, DigestKind, digests_fit, first_difference, heads_to_check, joined_sums
 from kvferry.handoff.memory import KVMemory
 from kvferry.handoff.words import WORD_BYTES
 from kvferry.layout import Fingerprint, KVLayout, layers_by_regions, plan_copy
@@ -38,7 +38,7 @@ hellos: Codec[NodeHello] = Codec(NodeHello)
 class PullPlan(NamedTuple):
     """What to read for one run, and how to know that it is right (`digests` empty: only by the guard).
 
-    `blocks` go layer after layer in the order of `layer_order`.
+    `blocks` go layer after layer in the order of `layer_order`. `heads`: the digests are of these alone.
     """
 
     blocks: list[BlockList]
@@ -49,6 +49,7 @@ class PullPlan(NamedTuple):
     first_block: int
     kind: DigestKind = "none"
     layer_order: tuple[int, ...] = ()
+    heads: range | None = None
 
 
 def plan_pull(
@@ -85,11 +86,13 @@ def plan_pull(
         for copy in plan_copy(hello.layout, layout, run.layers, source_ids, target_ids)
     ]
     digests = b""
-    if run.digest and digests_fit(hello.layout, layout):
+    heads = heads_to_check(hello.layout, layout.tp_rank, layout.tp_size)
+    if run.digest and (heads is not None or digests_fit(hello.layout, layout)):
         digests = run.digest[(low - run.first_block) * DIGEST_BYTES : (high - run.first_block) * DIGEST_BYTES]
     by_regions = layers_by_regions(hello.layout, layout, run.layers)
     order = tuple(layer for group in by_regions.values() for layer in group)
-    return PullPlan(blocks, guard, run.layers, target_ids, digests, low, hello.digest if digests else "none", order)
+    kind = hello.digest if digests else "none"
+    return PullPlan(blocks, guard, run.layers, target_ids, digests, low, kind, order, heads)
 
 
 def check_digests(plan: PullPlan, memory: KVMemory, layout: KVLayout, sums: Sums | None = None) -> None:
@@ -100,10 +103,10 @@ def check_digests(plan: PullPlan, memory: KVMemory, layout: KVLayout, sums: Sums
     Raises: IntegrityError naming the first block that is not what the source published; TransportError, TransferTimeout
         where a GPU did not look.
     """
-    if plan.kind == "sum" and sums is not None:
+    if plan.kind == "sum" and plan.heads is None and sums is not None:
         seen = joined_sums(sums, plan.layer_order)
     else:
-        seen = memory.digests(plan.kind, layout, plan.layers, plan.target_block_ids)
+        seen = memory.digests(plan.kind, layout, plan.layers, plan.target_block_ids, plan.heads)
     if not seen:
         return
     bad = first_difference(plan.digests, seen) if len(seen) == len(plan.digests) else 0

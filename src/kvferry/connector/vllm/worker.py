@@ -44,7 +44,9 @@ class ReleasedLike(Protocol):
 class NodeLike(Protocol):
     """What is used of `kvferry.handoff.node.HandoffNode`. Thread-safe; no call blocks."""
 
-    def offer(self, ticket: HandoffTicket, prompt_digest: bytes, num_blocks: int) -> None: ...
+    def offer(
+        self, ticket: HandoffTicket, prompt_digest: bytes, num_blocks: int, *, target: tuple[int, int] | None = None
+    ) -> None: ...
     def publish(self, handoff: HandoffId, layers: range, first_block: int, block_ids: Sequence[int]) -> None: ...
     def seal(self, handoff: HandoffId) -> None: ...
     def revoke(self, handoff: HandoffId, reason: str) -> None: ...
@@ -164,14 +166,17 @@ class WorkerHalf:
         for request_id in plan.revokes:
             self._revoke(request_id)
         for offer in plan.offers:
-            ranks = [rank_handoff(offer.ticket, self._rank, r) for r in self._target_ranks(offer.ticket)]
+            size = len(offer.ticket.target.addresses) or self._num_ranks
+            targets = [(r, size) for r in self._target_ranks(offer.ticket, size)]
+            ranks = [rank_handoff(offer.ticket, self._rank, r) for r, _ in targets]
             groups = [[group_handoff(ticket, group) for ticket in ranks] for group in range(self._num_groups)]
             offered = SourceSide([[t.handoff for t in tickets] for tickets in groups], set())
             offered.open.update(offered.handoffs)
             self._sources[offer.request_id] = offered
-            for ticket in (ticket for tickets in groups for ticket in tickets):
-                self._request_of[ticket.handoff] = offer.request_id
-                self._node.offer(ticket, offer.digest, offer.num_blocks)
+            for tickets in groups:
+                for rank, ticket in zip(targets, tickets, strict=True):
+                    self._request_of[ticket.handoff] = offer.request_id
+                    self._node.offer(ticket, offer.digest, offer.num_blocks, target=rank)
             self._trace(offer.request_id, "offered")
         for cancel in plan.cancels:
             if (source := self._sources.get(cancel.request_id)) is not None:
@@ -281,8 +286,7 @@ class WorkerHalf:
 
     # Inside
 
-    def _target_ranks(self, ticket: HandoffTicket) -> list[int]:
-        size = len(ticket.target.addresses) or self._num_ranks
+    def _target_ranks(self, ticket: HandoffTicket, size: int) -> list[int]:
         try:
             return [r for r in range(size) if self._rank in overlapping_ranks(r, size, self._num_ranks)]
         except CompatibilityError as error:

@@ -12,11 +12,12 @@ Released = namedtuple("Released", "handoff reason at_s")
 
 class FakeNode:
     def __init__(self):
-        self.calls = []
+        self.calls, self.targets = [], []
         self._released = []
         self._outcomes = []
 
-    def offer(self, ticket, prompt_digest, num_blocks):
+    def offer(self, ticket, prompt_digest, num_blocks, *, target=None):
+        self.targets.append(target)
         self.calls.append(("offer", ticket.handoff, num_blocks))
 
     def publish(self, handoff, layers, first_block, block_ids):
