@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from kvferry.cluster.processes import Child
-from kvferry.cluster.router_view import EndedRequest, HandoffRow, InstanceRow, Requests, RouterView
+from kvferry.cluster.router_view import EndedRequest, HandoffRow, InstanceRow, OpenRequest, Requests, RouterView
 from kvferry.errors import KVError
 from kvferry.types import Side, TerminalState
 
@@ -31,6 +31,7 @@ _COLOURS = {
     TerminalState.ABORTED: "dim",
     TerminalState.FAILED: "bold red",
 }
+_TROUBLE = (TerminalState.RECOMPUTED, TerminalState.FAILED)
 
 
 @dataclass(frozen=True)
@@ -103,8 +104,14 @@ def draw(picture: Picture, hint: str, height: int) -> RenderableType:
     if open_handoffs.row_count:
         parts += [open_handoffs, Text()]
         room -= open_handoffs.row_count + 2
-    room = min(NUM_REQUESTS_SHOWN, room)
-    parts += [_requests(picture.requests, room), Text(), Text(f"times in ms   {hint}", style="dim")]
+    recent = _others(picture.requests)
+    last = next((record for record in reversed(recent) if record.state in _TROUBLE and record.detail), None)
+    room = min(NUM_REQUESTS_SHOWN, room - (last is not None))
+    parts += [_requests(picture.requests.requests, recent, room), Text()]
+    if last is not None:
+        told = f"{last.request} {last.state}: {last.detail}"
+        parts.append(Text(told, style=_COLOURS[last.state], no_wrap=True, overflow="ellipsis"))
+    parts.append(Text(f"times in ms   {hint}", style="dim"))
     return Group(*parts)
 
 
@@ -150,13 +157,17 @@ def _bar(used: int, total: int, width: int = 12) -> str:
     return f"[cyan]{'█' * filled}[/][dim]{'░' * (width - filled)}[/] {used}/{total}"
 
 
-def _requests(requests: Requests, room: int) -> Table:
+def _others(requests: Requests) -> list[EndedRequest]:
+    """The latest ended requests without the doctor's own."""
+    return [r for r in requests.recent if not (r.decode or "").startswith(DOCTORS_OWN)]
+
+
+def _requests(requests: Sequence[OpenRequest], recent: Sequence[EndedRequest], room: int) -> Table:
     table = _table("request", "pair", "state", "queue", "prefill", "handoff", "decode", "TTFT", "KV bytes", "why")
-    open_ones = requests.requests[-room:]
+    open_ones = requests[-room:]
     for request in open_ones:
         pair = _pair(request.prefill, request.decode)
         table.add_row(escape(request.request[:20]), pair, f"[cyan]{request.stage}[/] {request.age_s:.1f} s", *[""] * 7)
-    recent = [r for r in requests.recent if not (r.decode or "").startswith(DOCTORS_OWN)]
     ended = recent[-(room - len(open_ones)) :] if room > len(open_ones) else []
     for record in reversed(ended):
         table.add_row(
@@ -226,4 +237,6 @@ def _as_line(record: EndedRequest) -> str:
     stages = " ".join(f"{stage}={seconds * 1000:.1f}ms" for stage, seconds in record.stages.items())
     pair = f"{record.prefill}->{record.decode}" if record.prefill else record.decode or ""
     why = _why(record)
+    if record.state in _TROUBLE and record.detail:
+        why += f": {record.detail}"
     return f"{record.request} {record.state} {pair} {stages} bytes={record.handoff_bytes}" + (f" {why}" if why else "")

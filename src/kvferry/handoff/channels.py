@@ -61,7 +61,7 @@ class Channels:
                 peer = await self._open(wanted)
         except TimeoutError:
             where = ", ".join(wanted.source.addresses)
-            detail = f"no channel to {wanted.source.instance_id} at {where} within {wanted.deadline_s:.1f} s"
+            detail = f"no answer at {where} within {wanted.deadline_s:.1f} s"
             return ConnectFailed(wanted.handoff, TransferTimeout("").cause, detail)
         except KVError as error:
             return ConnectFailed(wanted.handoff, error.cause, error.message)
@@ -78,7 +78,7 @@ class Channels:
         if peer is not None:
             return peer
         if not source.addresses:
-            raise CompatibilityError(f"the prefill instance {source.instance_id} told no handoff listener")
+            raise CompatibilityError(f"it told no handoff listener, so that nothing leads to {source.instance_id}")
         key = (source.addresses[0], source.incarnation)
         if key not in self._connecting:
             attempt = self._engine.connect(source.addresses[0], deadline_s=wanted.deadline_s)

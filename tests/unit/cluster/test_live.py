@@ -15,6 +15,7 @@ ENDED = EndedRequest(
     TerminalState.RECOMPUTED,
     "waiting",
     "peer_gone",
+    "the connection to prefill-0 was lost",
     prefill="prefill-0",
     decode="decode-0",
     stages={"queue": 0.0011, "prefill": 0.02},
@@ -39,6 +40,7 @@ def test_instances_and_requests_are_shown():
         assert part in text, part
     for part in ("recomputed", " 1.1 ", " 20.0 ", "times in ms", "12,345", "waiting peer_gone"):
         assert part in text, part
+    assert "r-recomputed recomputed: the connection to prefill-0 was lost\n" in text
 
 
 def test_open_handoffs_show_both_sides_and_how_far_they_are():
@@ -88,5 +90,6 @@ def test_the_table_stays_within_the_screen():
 
 def test_the_plain_line():
     assert _as_line(ENDED) == (
-        "r-recomputed recomputed prefill-0->decode-0 queue=1.1ms prefill=20.0ms bytes=12345 waiting peer_gone"
+        "r-recomputed recomputed prefill-0->decode-0 queue=1.1ms prefill=20.0ms bytes=12345 waiting peer_gone: "
+        "the connection to prefill-0 was lost"
     )
