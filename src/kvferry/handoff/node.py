@@ -28,6 +28,7 @@ from kvferry.handoff.pulls import Pulls, Target
 from kvferry.handoff.reading import NodeHello, hellos
 from kvferry.handoff.words import Words
 from kvferry.layout import Fingerprint, KVLayout
+from kvferry.protocol.details import REFUSED
 from kvferry.protocol.events import (
     Action,
     Cancelled,
@@ -244,7 +245,7 @@ class HandoffNode:
                 digest = self._memory.digests(self._digest, self.layout, layers, block_ids, heads)
             except TransportError as error:
                 _log.error("handoff %s cannot be published: %s", handoff, error)
-                self.fail(handoff, error.cause)
+                self.fail(handoff, error.message)
                 return
         self._source_event(Published(handoff, Run.of(layers, first_block, block_ids, digest)))
 
@@ -256,11 +257,11 @@ class HandoffNode:
         """Take the blocks back; the request will be computed and published again. When this returns they are free."""
         self._source_event(Preempted(handoff, reason))
 
-    def fail(self, handoff: HandoffId, cause: str) -> None:
-        """The prefill failed: the target hears of it at once."""
-        self._source_event(Failed(handoff, cause))
+    def fail(self, handoff: HandoffId, why: str) -> None:
+        """The prefill failed: the target hears of it at once, with this sentence."""
+        self._source_event(Failed(handoff, why))
 
-    def relieve(self, count: int, reason: str = "pressure") -> int:
+    def relieve(self, count: int, reason: str = "other requests needed the room") -> int:
         """Take back up to `count` handoffs' blocks for good, the least useful first; returns how many."""
         with self._lock:
             chosen = self._source.pressure_order()[:count]
@@ -372,15 +373,16 @@ class HandoffNode:
 
     def _refuse(self, handoff: HandoffId, side: Side, reason: str) -> None:
         """A second request under one id: the first one's end will speak for a `duplicate`, nobody for the others."""
-        _log.warning("handoff %s refused at the %s: %s", handoff, side, reason)
+        why = REFUSED[reason]
+        _log.warning("handoff %s refused at the %s: %s", handoff, side, why)
         if reason == "duplicate":
             return
         if side == "source":
             self._heads.pop(handoff, None)
-            self._released.append(Released(handoff, ReleaseReason.FAILED, reason, self._clock.now_s()))
+            self._released.append(Released(handoff, ReleaseReason.FAILED, why, self._clock.now_s()))
         else:
             self._targets.pop(handoff, None)
-            outcome = Outcome(handoff, TerminalState.RECOMPUTED, Stage.RESERVING, f"refused_{reason}")
+            outcome = Outcome(handoff, TerminalState.RECOMPUTED, Stage.RESERVING, f"refused_{reason}", why)
             self._outcomes.append(outcome)
         self._wake()
 
@@ -390,8 +392,8 @@ class HandoffNode:
         with self._lock:
             if not self._closed:
                 _log.info("peer %s is gone: %s", peer.name, error)
-                self._source_event(PeerLost(peer.incarnation, error.cause))
-                self._target_event(PeerLost(peer.incarnation, error.cause))
+                self._source_event(PeerLost(peer.incarnation, error.cause, error.message))
+                self._target_event(PeerLost(peer.incarnation, error.cause, error.message))
 
     def _on_message(self, peer: Incarnation, message: Message) -> None:
         if isinstance(message, State | Gone):
