@@ -54,7 +54,8 @@ from kvferry.types import Outcome
 
 ENDINGS: dict[str, Ending] = {"FINISHED_ABORTED": "aborted", "FINISHED_IGNORED": "failed", "FINISHED_ERROR": "failed"}
 EMPTY_STEP_S = 0.002
-"""How long a step without a forward waits for a load; a new request waits no longer for vLLM's scheduler than that."""
+"""How long a step without a forward rests while blocks wait to be loaded, saved or let go; a new request waits no
+longer for vLLM's scheduler than that."""
 
 SWITCH_INTERVAL_S = 0.0005
 _log = logging.getLogger("kvferry.vllm")

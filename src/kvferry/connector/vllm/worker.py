@@ -12,11 +12,11 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
 from typing import Protocol
 
 from kvferry.connector.vllm.metadata import Pull, RankReport, StepPlan, group_handoff, rank_handoff
 from kvferry.connector.vllm.pace import Pace
+from kvferry.connector.vllm.sides import SourceSide, TargetSide, combine
 from kvferry.connector.vllm.stream import AfterForward
 from kvferry.errors import CompatibilityError
 from kvferry.layout import overlapping_ranks
@@ -56,36 +56,6 @@ class NodeLike(Protocol):
         self, ticket: HandoffTicket, prompt_digest: bytes, first_block: int, block_ids: Sequence[int]
     ) -> None: ...
     def outcomes(self) -> Sequence[Outcome]: ...
-
-
-@dataclass
-class SourceSide:
-    """One offered request: the handoffs of each KV cache group. `generation` counts revokes: a publication of an older
-    one is dropped. `last` is what was published last, when, and of how many layers."""
-
-    groups: list[list[HandoffId]]
-    open: set[HandoffId]
-    generation: int = 0
-    last: tuple[float, int, int] | None = None
-
-    @property
-    def handoffs(self) -> list[HandoffId]:
-        return [handoff for group in self.groups for handoff in group]
-
-
-@dataclass
-class TargetSide:
-    """One request that is being loaded, or (without block ids) told to be released."""
-
-    handoffs: list[HandoffId]
-    block_ids: list[int]
-    outcomes: dict[HandoffId, Outcome] = field(default_factory=dict)
-
-    def is_over(self) -> bool:
-        return len(self.outcomes) == len(self.handoffs)
-
-    def is_delivered(self) -> bool:
-        return self.is_over() and all(o.state is TerminalState.DELIVERED for o in self.outcomes.values())
 
 
 class WorkerHalf:
@@ -397,19 +367,3 @@ class WorkerHalf:
             self._trace(request_id, f"exposed after {outcome.duration_s * 1e3:.2f} ms: {outcome.state}")
             loaded.add(request_id)
         return loaded
-
-
-def combine(outcomes: list[Outcome]) -> Outcome:
-    """One outcome for all of a rank's source ranks: the first bad one, otherwise delivered, with the bytes of all."""
-    worst = next((o for o in outcomes if o.state is not TerminalState.DELIVERED), outcomes[0])
-    return Outcome(
-        handoff=worst.handoff,
-        state=worst.state,
-        stage=worst.stage,
-        cause=worst.cause,
-        detail=worst.detail,
-        bytes_moved=sum(o.bytes_moved for o in outcomes),
-        duration_s=max(o.duration_s for o in outcomes),
-        transport=worst.transport,
-        attempt=worst.attempt,
-    )
