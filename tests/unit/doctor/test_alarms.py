@@ -9,6 +9,7 @@ from pathlib import Path
 from prometheus_client import CollectorRegistry
 
 from kvferry.doctor.findings import catalogue
+from kvferry.observe.attachment import AttachmentMetrics
 from kvferry.observe.metrics import HandoffMetrics, InstanceMetrics, PoolMetrics, RequestMetrics
 
 MONITORING = Path(__file__).parents[3] / "monitoring"
@@ -17,11 +18,12 @@ DASHBOARD = json.loads((MONITORING / "grafana-dashboard.json").read_text())
 
 
 def _known() -> set[str]:
-    registries = [CollectorRegistry() for _ in range(4)]
+    registries = [CollectorRegistry() for _ in range(5)]
     RequestMetrics(registries[0])
     HandoffMetrics(registries[1])
     InstanceMetrics(registries[2])
     PoolMetrics(registries[3])
+    AttachmentMetrics(registries[4])
     names = set()
     for registry in registries:
         for family in registry.collect():
