@@ -17,7 +17,7 @@ from typing import NamedTuple
 import psutil
 import pytest
 
-LEAK_GRACE_S = 5.0
+LEAK_GRACE_S = 30.0
 CHECKED = ("integration", "faults")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import random
 import shutil
 import signal
 import socket
@@ -24,7 +25,18 @@ from kvferry.pool.client import GetResult, PutResult
 from kvferry.pool.parts import whole
 
 BLOCK = 65536
+WAIT_S = 60.0
+"""How long a test waits for what must come: a process may get no CPU for seconds."""
 SPACE = BlockSpace(b"m" * 32, "tenant-a")
+
+
+def fixed_port() -> int:
+    """A free port for one who listens there again and again: below those that outgoing connections are given."""
+    while True:
+        port = random.randrange(10000, 20000)
+        with contextlib.suppress(OSError), socket.socket() as probe:
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 class NodeProcess:
@@ -54,7 +66,7 @@ class NodeProcess:
         try:
             if self.process.poll() is None:
                 self.process.send_signal(signal.SIGTERM)
-                assert self.process.wait(30) == 0 or kind is not None
+                assert self.process.wait(WAIT_S) == 0 or kind is not None
         finally:
             self.process.kill()
             self.process.wait()
@@ -65,9 +77,7 @@ class RedisServer:
     """A real server on a port of its own, with nothing saved."""
 
     def __init__(self, directory: Path) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
+        self.port = fixed_port()
         self.url = f"redis://127.0.0.1:{self.port}/0"
         self._flags = ["--port", str(self.port), "--bind", "127.0.0.1", "--save", "", "--dir", str(directory)]
         self.process: subprocess.Popen[bytes] | None = None
@@ -77,8 +87,9 @@ class RedisServer:
         server = shutil.which("redis-server")
         assert server is not None
         self.process = subprocess.Popen([server, *self._flags], stdout=subprocess.DEVNULL)
-        for _ in range(1500):
-            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.port), 1):
+        give_up_s = time.monotonic() + WAIT_S
+        while time.monotonic() < give_up_s:
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.port), WAIT_S):
                 return
             assert self.process.poll() is None
             time.sleep(0.02)
@@ -112,7 +123,7 @@ def redis_server(directory: Path) -> Iterator[RedisServer]:
 @contextlib.asynccontextmanager
 async def client_of(address: str, space: BlockSpace = SPACE, **more: object):  # type: ignore[no-untyped-def]
     """A client of a node, over TCP, as one of another host."""
-    client = PoolClient(address, space, **{"transports": ("tcp",), **more})  # type: ignore[arg-type]
+    client = PoolClient(address, space, **{"transports": ("tcp",), "deadline_s": WAIT_S, **more})  # type: ignore[arg-type]
     await client.start()
     try:
         yield client
@@ -148,7 +159,7 @@ async def get(client: PoolClient, numbers: Sequence[int], *, prefix: bool = Fals
     return result
 
 
-async def eventually(check: Callable[[], Awaitable[bool]], within_s: float = 30.0) -> None:
+async def eventually(check: Callable[[], Awaitable[bool]], within_s: float = WAIT_S) -> None:
     """Wait until it holds."""
     give_up_s = time.monotonic() + within_s
     while not await check():

@@ -12,7 +12,7 @@ from kvferry.testing.owner import Owner
 from kvferry.transfer import Peer, TransferEngine, TransferSettings
 
 T = TypeVar("T")
-PATIENCE_S = 30.0
+PATIENCE_S = 90.0
 """How long a test waits for a call that has a deadline of its own; passing it means that a deadline failed."""
 
 
@@ -75,7 +75,7 @@ class EngineThread:
         self.run(run())
 
     def connect(self, address: str) -> Peer:
-        return self.run(self.engine.connect(address, deadline_s=10.0))
+        return self.run(self.engine.connect(address, deadline_s=PATIENCE_S / 2))
 
     def close(self) -> None:
         """Close the engine and its loop, join the thread. Idempotent."""

@@ -160,7 +160,7 @@ class OwnerProcess:
             self.resume()
             self.process.stdin.close()
             try:
-                self.process.wait(10)
+                self.process.wait(30)
             except subprocess.TimeoutExpired:
                 self.kill()
         if not self.process.stdin.closed:

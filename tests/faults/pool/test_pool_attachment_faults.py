@@ -16,9 +16,10 @@ import pytest
 from kvferry.layout import Fingerprint, KVLayout, LayerLayout
 from kvferry.observe import LISTENING
 from kvferry.pool import BlockSpace, PoolAttachment
+from pool_processes import WAIT_S, fixed_port
 
 LAYER_BYTES, NUM_LAYERS, NUM_BLOCKS = 16384, 4, 48
-WAIT_S = 30.0
+
 FINGERPRINT = Fingerprint("model", "float32", 16, NUM_LAYERS, 2, 8)
 LAYERS = tuple(LayerLayout(i % 2, (i // 2) * LAYER_BYTES, 2 * LAYER_BYTES) for i in range(NUM_LAYERS))
 LAYOUT = KVLayout(NUM_BLOCKS, 16, LAYER_BYTES, 2, LAYERS)
@@ -28,8 +29,10 @@ SPACE = BlockSpace.of(FINGERPRINT, LAYOUT)
 class Node:
     """`kvferry node` as a process."""
 
-    def __init__(self, listen: str = "tcp://127.0.0.1:0") -> None:
-        flags = ["--arena-bytes", "4MiB", "--slab-bytes", "64KiB", "--listen", listen, "--log-level", "error"]
+    def __init__(self, port: int = 0) -> None:
+        flags = ["--arena-bytes", "4MiB", "--slab-bytes", "64KiB", "--log-level", "error"]
+        self.port = port or fixed_port()
+        flags += ["--listen", f"tcp://127.0.0.1:{self.port}"]
         command = [sys.executable, "-m", "kvferry", "node", *flags]
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         assert self.process.stdout is not None
@@ -49,7 +52,7 @@ class Node:
 class Rank:
     def __init__(self, address: str, **settings: Any) -> None:
         self.memory = {i: np.zeros(NUM_BLOCKS * 2 * LAYER_BYTES, dtype=np.uint8) for i in range(2)}
-        self.pool = PoolAttachment([address], SPACE, LAYOUT, self.memory, **settings)
+        self.pool = PoolAttachment([address], SPACE, LAYOUT, self.memory, deadline_s=WAIT_S, **settings)
 
     def cells(self, block_id: int) -> list[np.ndarray]:
         starts = [(layer.region, layer.base + block_id * layer.block_stride) for layer in LAYERS]
@@ -79,7 +82,7 @@ def node() -> Iterator[Node]:
 
 @pytest.mark.parametrize("transports", [("shm", "tcp"), ("tcp",)])
 def test_a_node_killed_while_it_was_to_load_or_save(node: Node, transports: tuple[str, ...]) -> None:
-    rank = Rank(node.address, deadline_s=WAIT_S, transports=transports)
+    rank = Rank(node.address, transports=transports)
     try:
         hashes = rank.fill(list(range(8)))
         assert rank.pool.save(hashes, range(8)).result(WAIT_S).stored == 8
@@ -92,7 +95,7 @@ def test_a_node_killed_while_it_was_to_load_or_save(node: Node, transports: tupl
         assert (load.result(WAIT_S).num_blocks, load.result().cause) == (0, "peer_gone")
         assert (save.result(WAIT_S).stored, save.result().refused, save.result().cause) == (0, 4, "peer_gone")
         assert look.result(WAIT_S) == 0
-        again = Node(node.address)
+        again = Node(node.port)
         try:
             until_s = time.monotonic() + WAIT_S
             while rank.pool.save(hashes, range(8)).result(WAIT_S).stored < 8 and time.monotonic() < until_s:
@@ -109,7 +112,7 @@ def test_a_node_killed_while_it_was_to_load_or_save(node: Node, transports: tupl
 
 @pytest.mark.parametrize("transports", [("shm", "tcp"), ("tcp",)])
 def test_kill_9_while_loads_and_saves_run(node: Node, transports: tuple[str, ...]) -> None:
-    rank = Rank(node.address, deadline_s=WAIT_S, transports=transports)
+    rank = Rank(node.address, transports=transports)
     rng = np.random.default_rng(5)
     num_loaded = num_failed = 0
     try:
@@ -136,10 +139,11 @@ def test_kill_9_while_loads_and_saves_run(node: Node, transports: tuple[str, ...
 
 
 def test_a_stopped_node_ends_everything_by_its_deadline_and_closing_does_not_hang(node: Node) -> None:
-    rank = Rank(node.address, deadline_s=0.5)
+    rank = Rank(node.address)
     try:
         hashes = rank.fill(list(range(4)))
         assert rank.pool.save(hashes, range(4)).result(WAIT_S).stored == 4
+        rank.pool._deadline_s, rank.pool._nodes.home.deadline_s = 0.5, 0.45
         node.stop()
         load, save = rank.pool.load(hashes, range(8, 12)), rank.pool.save(names([90]), [20])
         assert load.result(WAIT_S).cause == "transfer_timeout"

@@ -17,7 +17,21 @@ import pytest
 from kvferry.errors import KVError
 from kvferry.pool import BlockSpace, PoolClient, PoolNodes
 from kvferry.pool.parts import whole
-from pool_processes import BLOCK, SPACE, NodeProcess, RedisServer, client_of, content, eventually, get, name, put, stop
+from pool_processes import (
+    BLOCK,
+    SPACE,
+    WAIT_S,
+    NodeProcess,
+    RedisServer,
+    client_of,
+    content,
+    eventually,
+    fixed_port,
+    get,
+    name,
+    put,
+    stop,
+)
 from pool_processes import redis_server as running_redis
 
 pytest.importorskip("redis")
@@ -89,13 +103,16 @@ async def until(engines: list[Engine], tasks: list[asyncio.Task[None]], hits: in
         pairs = zip(engines, before, strict=True)
         return all(e.hits >= h + hits and e.puts >= p + puts for e, (h, p) in pairs)
 
-    await eventually(enough, within_s=60.0)
+    await eventually(enough)
 
 
 async def test_redis_and_nodes_killed_under_two_tenants_with_equal_prompts(server: RedisServer, tmp_path: Path) -> None:
     with ExitStack() as stack:
         disks = [("--disk-path", str(tmp_path / str(n)), "--disk-bytes", "4MiB") for n in range(2)]
-        nodes = [stack.enter_context(start(server, *disk)) for disk in disks]
+        homes = [f"tcp://127.0.0.1:{fixed_port()}" for _ in disks]
+        nodes = [
+            stack.enter_context(start(server, *disk, "--listen", at)) for disk, at in zip(disks, homes, strict=True)
+        ]
         pools = [pool_of(server, node.address, space) for node in nodes for space in (SPACE, OTHER)]
         for pool, _ in pools:
             await pool.start()
@@ -109,11 +126,10 @@ async def test_redis_and_nodes_killed_under_two_tenants_with_equal_prompts(serve
             await until(engines, tasks)
             server.start()
             await until(engines, tasks)
-            address = nodes[1].address
             nodes[1].kill()
             await until(engines[:2], tasks)
             # It comes back where it was, with a new arena and its old disk.
-            nodes[1] = stack.enter_context(start(server, *disks[1], "--listen", address))
+            nodes[1] = stack.enter_context(start(server, *disks[1], "--listen", homes[1]))
             await until(engines, tasks)
             directory = pools[0][1]
 
@@ -144,7 +160,7 @@ async def test_a_redis_that_is_stopped_costs_a_deadline_not_the_pool(server: Red
             server.process.send_signal(signal.SIGSTOP)
 
             async def served() -> bool:
-                async with asyncio.timeout(30):
+                async with asyncio.timeout(WAIT_S):
                     result = await pool.get([name(1), name(2)], whole(region, BLOCK), [0, BLOCK])
                 return result.found == [True, False]
 
@@ -218,7 +234,7 @@ async def test_a_drain_that_is_killed_loses_nothing(server: RedisServer, tmp_pat
                 async def given_up() -> bool:
                     return (await client.stat()).state == "drained"
 
-                await eventually(given_up, within_s=60.0)
+                await eventually(given_up)
             else:
                 node.kill()
         if killed == "command":
@@ -227,7 +243,7 @@ async def test_a_drain_that_is_killed_loses_nothing(server: RedisServer, tmp_pat
         # What it had is on its disk, whatever became of the drain.
         if killed != "node":
             node.process.send_signal(signal.SIGTERM)
-            assert node.process.wait(30) == 0
+            assert node.process.wait(WAIT_S) == 0
         again = stack.enter_context(start(server, *disk))
         async with client_of(again.address) as client:
 
@@ -239,7 +255,7 @@ async def test_a_drain_that_is_killed_loses_nothing(server: RedisServer, tmp_pat
 
 async def test_a_node_stopped_during_a_removal_forgets_when_it_goes_on(server: RedisServer) -> None:
     with start(server) as one, start(server) as two:
-        async with client_of(one.address, deadline_s=10.0) as here, client_of(two.address, deadline_s=10.0) as there:
+        async with client_of(one.address) as here, client_of(two.address) as there:
             for client in (here, there):
                 await put(client, [1, 2])
             stop(two.process)

@@ -32,6 +32,9 @@ from kvferry.transport.base import BlockList, Link
 
 BLOCK = 64 << 10
 BLOCKS = 1600
+WAIT_S = 60.0
+AT_ONCE_S = 20.0
+"""Bounds what takes milliseconds, on a machine that may give a process no CPU for seconds."""
 
 
 @pytest.fixture
@@ -54,7 +57,7 @@ def whole(reader: EngineThread, peer: Peer, region_id: int) -> BlockList:
     return BlockList(peer.regions[region_id], target, order, order, BLOCK)
 
 
-def read(reader: EngineThread, peer: Peer, blocks: BlockList, deadline_s: float = 20.0) -> Any:
+def read(reader: EngineThread, peer: Peer, blocks: BlockList, deadline_s: float = WAIT_S) -> Any:
     return reader.run(reader.engine.read(peer, blocks, deadline_s=deadline_s))
 
 
@@ -63,7 +66,7 @@ def is_right(blocks: BlockList) -> bool:
 
 
 async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(WAIT_S):
         while not condition():  # noqa: ASYNC110  (what is waited for happens in another engine)
             await asyncio.sleep(0.001)
 
@@ -152,7 +155,7 @@ def test_cut_in_the_middle_the_pending_read_fails_at_once(owner: OwnerProcess, p
         began_s = time.monotonic()
         with pytest.raises(PeerGone):
             read(reader, peer, blocks)
-        assert time.monotonic() - began_s < 5.0
+        assert time.monotonic() - began_s < AT_ONCE_S
         again = reader.connect(proxy.address)
         fresh = whole(reader, again, region_id)
         read(reader, again, fresh)
@@ -168,7 +171,7 @@ def test_a_stalled_way_ends_at_the_deadline_and_recovers(owner: OwnerProcess, pr
         began_s = time.monotonic()
         with pytest.raises(TransferTimeout):
             read(reader, peer, blocks, deadline_s=0.3)
-        assert time.monotonic() - began_s < 5.0
+        assert time.monotonic() - began_s < AT_ONCE_S
         proxy.resume()
         read(reader, peer, blocks)
         assert is_right(blocks)
@@ -213,18 +216,18 @@ def test_another_service_on_the_port_is_named() -> None:
     code = "import socket,sys\ns=socket.create_connection(('127.0.0.1',int(sys.argv[1])))\n"
     try:
         with EngineThread(("tcp",)) as reader:
-            pending = reader.spawn(reader.engine.connect(f"tcp://127.0.0.1:{port}", deadline_s=10.0))
+            pending = reader.spawn(reader.engine.connect(f"tcp://127.0.0.1:{port}", deadline_s=WAIT_S))
             accepted, _ = listener.accept()
             accepted.sendall(b"HTTP/1.1 400 Bad Request\r\nServer: another one entirely\r\n\r\n")
             with pytest.raises(WireError, match="belongs to another service"):
-                pending.result(10)
+                pending.result(WAIT_S)
             accepted.close()
             # And the other way round: a stranger that says nothing useful is refused and counted.
             host = reader.engine.address.removeprefix("tcp://").split(":")
             subprocess.run(
                 [sys.executable, "-c", code + "s.send(b'GET / HTTP/1.1\\r\\n'*9); s.recv(99)", host[1]], check=True
             )
-            until_s = time.monotonic() + 5.0
+            until_s = time.monotonic() + WAIT_S
             while reader.engine.refusals.counts["wire_error"] < 2 and time.monotonic() < until_s:
                 time.sleep(0.01)
             assert reader.engine.refusals.counts["wire_error"] == 2
@@ -240,7 +243,7 @@ def test_nobody_listens_or_answers() -> None:
             reader.run(reader.engine.connect(f"tcp://127.0.0.1:{port}", deadline_s=0.2))
         listener.close()
         with pytest.raises(PeerGone):
-            reader.run(reader.engine.connect(f"tcp://127.0.0.1:{port}", deadline_s=5.0))
+            reader.run(reader.engine.connect(f"tcp://127.0.0.1:{port}", deadline_s=WAIT_S))
 
 
 def test_a_taken_port_names_its_holder() -> None:
@@ -248,7 +251,7 @@ def test_a_taken_port_names_its_holder() -> None:
         EngineThread(("tcp",), listen=reader.engine.address)
 
 
-def test_closing_the_engine_fails_what_is_pending(owner: OwnerProcess) -> None:
+def test_closing_the_engine_fails_what_is_pending(owner: OwnerProcess, proxy: FaultyLink) -> None:
     region_id = owner.call("region", BLOCKS * BLOCK, seed=7)
 
     async def main() -> None:
@@ -256,16 +259,17 @@ def test_closing_the_engine_fails_what_is_pending(owner: OwnerProcess) -> None:
         lost: list[str] = []
         engine.on_peer_lost = lambda peer, error: lost.append(error.cause)
         await engine.start()
-        peer = await engine.connect(owner.address, deadline_s=10.0)
+        peer = await engine.connect(proxy.address, deadline_s=WAIT_S)
+        # None of them can be over before the engine is closed.
+        proxy.stall()
         target = engine.allocate(BLOCKS * BLOCK)
         order = np.arange(BLOCKS, dtype=np.int64) * BLOCK
         blocks = BlockList(peer.regions[region_id], target, order, order, BLOCK)
-        pending = [asyncio.ensure_future(engine.read(peer, blocks, deadline_s=20.0)) for _ in range(6)]
+        pending = [asyncio.ensure_future(engine.read(peer, blocks, deadline_s=WAIT_S)) for _ in range(6)]
         await asyncio.sleep(0.005)
         await engine.close()
         ends = await asyncio.gather(*pending, return_exceptions=True)
-        assert any(isinstance(end, TransportClosed) for end in ends)
-        assert all(not isinstance(end, Exception) or isinstance(end, TransportClosed) for end in ends)
+        assert all(isinstance(end, TransportClosed) for end in ends), ends
         with pytest.raises(TransportClosed):
             await engine.read(peer, blocks, deadline_s=1.0)
         assert lost == ["transport_closed"]
@@ -292,13 +296,13 @@ def test_messages_go_both_ways_in_order_and_loss_is_told(owner: OwnerProcess) ->
         far.on_peer_lost = lambda peer, error: lost.append((peer.hello, error.cause))
         await near.start()
         await far.start()
-        peer = await near.connect(far.address, deadline_s=5.0)
+        peer = await near.connect(far.address, deadline_s=WAIT_S)
         assert peer.hello == b"far" and peer.outbound and peer.address == far.address
         (accepted,) = far.peers
         assert accepted.hello == b"near" and not accepted.outbound and accepted.address == near.address
         for number in range(100):
             peer.send(str(number).encode() * 1000)
-        await asyncio.wait_for(arrived.wait(), 10)
+        await asyncio.wait_for(arrived.wait(), WAIT_S)
         assert got == [b"re:" + str(n).encode() * 1000 for n in range(100)]
         # Regions that come and go are known to the peer, in order with the messages.
         region = near.allocate(4096)
@@ -317,7 +321,7 @@ def test_messages_go_both_ways_in_order_and_loss_is_told(owner: OwnerProcess) ->
 def test_hundreds_of_connections_leave_nothing(owner: OwnerProcess) -> None:
     with no_leaks():
         _connect_often(owner, 300)
-    until_s = time.monotonic() + 5.0
+    until_s = time.monotonic() + WAIT_S
     while owner.call("peers") and time.monotonic() < until_s:
         time.sleep(0.01)
     assert owner.call("peers") == 0

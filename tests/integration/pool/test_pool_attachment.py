@@ -21,7 +21,7 @@ from kvferry.testing.faults import FaultyLink
 LAYER_BYTES, NUM_LAYERS, NUM_BLOCKS = 4096, 3, 16
 BLOCK = LAYER_BYTES * NUM_LAYERS
 FINGERPRINT = Fingerprint("model", "float32", 16, NUM_LAYERS, 2, 8)
-WAIT_S = 30.0
+WAIT_S = 60.0
 
 
 def layout(*layers: tuple[int, int, int], **more: Any) -> KVLayout:
@@ -43,7 +43,9 @@ class Rank:
         self.memory = {region: np.zeros(nbytes, dtype=np.uint8) for region, nbytes in sizes.items()}
         self.woken = threading.Event()
         space = BlockSpace.of(FINGERPRINT, made, namespace)
-        self.pool = PoolAttachment([address], space, made, self.memory, wake=self.woken.set, **settings)
+        self.pool = PoolAttachment(
+            [address], space, made, self.memory, wake=self.woken.set, **{"deadline_s": WAIT_S, **settings}
+        )
 
     def block(self, block_id: int) -> np.ndarray:
         """A copy of the block's bytes, part after part."""
@@ -235,15 +237,21 @@ async def test_bytes_that_were_corrupted_on_the_wire_are_a_miss() -> None:
 
 async def test_a_node_that_does_not_answer_costs_one_deadline_and_serves_again_later() -> None:
     async with a_node() as node:
-        here = Rank(node.address, deadline_s=1.0)
+        here = Rank(node.address)
         async with ranks(here):
             await result(here.save(range(2), [0, 1]))
+            home = here.pool._nodes.home
+            here.pool._deadline_s, home.deadline_s = 1.0, 0.9
             answer, node._engine.on_message = node._engine.on_message, lambda peer, payload: None
             assert (await result(here.pool.load(names(range(2)), [4, 5]))).cause == "transfer_timeout"
-            # From here on the node hears, but is left alone for a while.
+            # From here on the node hears, but is left alone for a while; by the machine's load a longer one.
             node._engine.on_message = answer
+            here.pool._deadline_s = home.deadline_s = WAIT_S
+            assert home._retry_at_s > 0.0
+            home._retry_at_s += WAIT_S
             refused = await result(here.pool.load(names(range(2)), [4, 5]))
             assert (refused.num_blocks, refused.cause) == (0, "transport_error")
+            home._retry_at_s -= WAIT_S
 
             async def loads() -> bool:
                 return bool((await result(here.pool.load(names(range(2)), [4, 5]))).num_blocks == 2)

@@ -39,7 +39,7 @@ class NodeProcess:
         self.process.send_signal(signal.SIGTERM)
         assert self.process.stdout is not None
         try:
-            assert self.process.wait(20) == 0
+            assert self.process.wait(60) == 0
         finally:
             self.process.kill()
             self.process.wait()
@@ -47,7 +47,7 @@ class NodeProcess:
 
 
 async def put(address: str, number: int) -> None:
-    client = PoolClient(address, SPACE)
+    client = PoolClient(address, SPACE, deadline_s=60.0)
     await client.start()
     try:
         region = client.allocate(BLOCK)
@@ -62,7 +62,7 @@ async def test_the_cache_survives_its_engines_and_the_node_itself(tmp_path: Path
         await put(node.address, 1)
         await put(node.address, 2)
     with NodeProcess(tmp_path) as node:
-        client = PoolClient(node.address, SPACE)
+        client = PoolClient(node.address, SPACE, deadline_s=60.0)
         await client.start()
         try:
             region = client.allocate(2 * BLOCK)

@@ -28,7 +28,7 @@ STAGING_BYTES = 8 * BLOCK
 """Four pieces of two blocks."""
 
 FINGERPRINT = Fingerprint("model", "float32", 16, NUM_LAYERS, 2, 8)
-WAIT_S = 30.0
+WAIT_S = 60.0
 
 
 def layout(*layers: tuple[int, int, int]) -> KVLayout:
@@ -61,7 +61,9 @@ class Rank:
         if gpu is not None:
             buffers = {region: DeviceTensor(gpu, array) for region, array in self.memory.items()}
         space = BlockSpace.of(FINGERPRINT, made, "tenant-a")
-        self.pool = PoolAttachment([address], space, made, buffers, staging_bytes=STAGING_BYTES, **settings)
+        self.pool = PoolAttachment(
+            [address], space, made, buffers, **{"staging_bytes": STAGING_BYTES, "deadline_s": WAIT_S, **settings}
+        )
 
     def part(self, block_id: int, layer: LayerLayout) -> np.ndarray:
         at = layer.base + block_id * layer.block_stride

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,41 +13,33 @@ from kvferry.errors import TransportError
 from kvferry.pool import BlockSpace, PoolClient, PoolNode, PoolNodes, PoolSettings, whole
 from kvferry.pool.directory import Directory, EmbeddedDirectory
 from kvferry.types import Incarnation
-from pool_processes import RedisServer
+from pool_processes import WAIT_S, RedisServer, eventually
 
 BLOCK = 8192
 SPACE = BlockSpace(b"m" * 32, "tenant-a")
 
 
-def make_node(directory: Directory) -> PoolNode:
-    settings = PoolSettings(arena_bytes=64 * BLOCK, slab_bytes=BLOCK, node_ttl_s=0.6)
+def make_node(directory: Directory, node_ttl_s: float = 30.0) -> PoolNode:
+    settings = PoolSettings(arena_bytes=64 * BLOCK, slab_bytes=BLOCK, node_ttl_s=node_ttl_s)
     return PoolNode(settings=settings, directory=directory)
 
 
 def make_pool(home: PoolNode, directory: Directory) -> PoolNodes:
-    far = {"transports": ("tcp",), "deadline_s": 2.0}
+    far = {"transports": ("tcp",), "deadline_s": WAIT_S}
     return PoolNodes(
-        [PoolClient(home.address, SPACE)],
+        [PoolClient(home.address, SPACE, deadline_s=WAIT_S)],
         directory=directory,
         connect=lambda address: PoolClient(address, SPACE, **far),  # type: ignore[arg-type]
     )
 
 
 async def put(node: PoolNode, hashes: list[bytes], value: int) -> None:
-    client = PoolClient(node.address, SPACE)
+    client = PoolClient(node.address, SPACE, deadline_s=WAIT_S)
     await client.start()
     region = client.allocate(len(hashes) * BLOCK)
     region.buffer[:] = value
     assert (await client.put(hashes, whole(region, BLOCK), np.arange(len(hashes)) * BLOCK)).stored == len(hashes)
     await client.close()
-
-
-async def eventually(check: Callable[[], Awaitable[bool]]) -> None:
-    for _ in range(400):
-        if await check():
-            return
-        await asyncio.sleep(0.025)
-    raise AssertionError("it did not come to pass within 10 s")
 
 
 async def test_blocks_of_other_nodes_are_found_and_got(directories: Callable[[], Directory]) -> None:
@@ -87,7 +78,7 @@ async def test_blocks_of_other_nodes_are_found_and_got(directories: Callable[[],
 
 async def test_a_node_that_falls_silent_vanishes_within_its_lease(directories: Callable[[], Directory]) -> None:
     view, watcher = directories(), directories()
-    node = make_node(view)
+    node = make_node(view, node_ttl_s=0.6)
     await node.start()
     try:
         await put(node, [b"a"], 1)

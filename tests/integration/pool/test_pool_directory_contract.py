@@ -13,7 +13,7 @@ from kvferry.pool import BlockSpace
 from kvferry.pool.directory import Directory
 from kvferry.pool.epochs import FIRST, Epoch, new_epoch
 from kvferry.types import Incarnation
-from pool_processes import SPACE, eventually, redis_server
+from pool_processes import SPACE, WAIT_S, eventually, redis_server
 
 A, B = Incarnation(0xA), Incarnation(0xB)
 OTHER = BlockSpace(SPACE.fingerprint, "tenant-b")
@@ -22,14 +22,14 @@ Views = Callable[[], Directory]
 
 async def test_only_live_nodes_count_and_each_for_what_it_reported(directories: Views) -> None:
     one, two = directories(), directories()
-    assert not await one.renew(A, 5.0)
+    assert not await one.renew(A, 60.0)
     await one.report(A, [(SPACE, b"1"), (SPACE, b"2")], [])
     assert await two.lookup(SPACE, [b"1"]) == [()]
-    await one.join(A, "tcp://a:1", 5.0)
+    await one.join(A, "tcp://a:1", 60.0)
     await one.report(A, [(SPACE, b"1"), (SPACE, b"2")], [])
-    await two.join(B, "tcp://b:1", 5.0)
+    await two.join(B, "tcp://b:1", 60.0)
     await two.report(B, [(SPACE, b"2"), (OTHER, b"1")], [])
-    assert await one.renew(A, 5.0)
+    assert await one.renew(A, 60.0)
     assert await one.nodes() == await two.nodes() == {A: "tcp://a:1", B: "tcp://b:1"}
     assert await two.lookup(SPACE, [b"1", b"2", b"3"]) == [("tcp://a:1",), ("tcp://a:1", "tcp://b:1"), ()]
     assert await one.lookup(OTHER, [b"1", b"2"]) == [("tcp://b:1",), ()]
@@ -43,8 +43,8 @@ async def test_only_live_nodes_count_and_each_for_what_it_reported(directories: 
 
 async def test_hashes_of_any_length_are_looked_up_in_one_call_in_order(directories: Views) -> None:
     directory = directories()
-    await directory.join(A, "tcp://a:1", 5.0)
-    await directory.join(B, "tcp://b:1", 5.0)
+    await directory.join(A, "tcp://a:1", 60.0)
+    await directory.join(B, "tcp://b:1", 60.0)
     await directory.report(A, [(SPACE, b"12"), (SPACE, b"3" * 64)], [])
     await directory.report(B, [(SPACE, b"1"), (SPACE, b"12")], [])
     asked = [b"12", b"", b"1", b"3" * 64, b"12", b"2"]
@@ -82,9 +82,9 @@ async def test_an_epoch_changes_once_from_what_it_was(directories: Views) -> Non
     assert (await two.epochs())[:2] == (latest, {SPACE: second, OTHER: latest})
     assert (await one.epochs()).born == (await two.epochs()).born != FIRST
     # Who joins has seen the latest one.
-    assert not await two.join(A, "tcp://a:1", 5.0, seen=second)
+    assert not await two.join(A, "tcp://a:1", 60.0, seen=second)
     assert await one.nodes() == {}
-    assert await two.join(A, "tcp://a:1", 5.0, seen=latest)
+    assert await two.join(A, "tcp://a:1", 60.0, seen=latest)
     assert await one.nodes() == {A: "tcp://a:1"}
 
 
@@ -130,7 +130,7 @@ async def test_a_call_that_is_cancelled_ends_wherever_it_is(directories: Views) 
         for _ in range(steps):
             await asyncio.sleep(0)
         asking.cancel()
-        _, left = await asyncio.wait({asking}, timeout=10.0)
+        _, left = await asyncio.wait({asking}, timeout=WAIT_S)
         assert not left, f"cancelled after {steps} steps of the loop, and it goes on"
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from kvferry.errors import RegistrationError
 from kvferry.pool import BlockPart, BlockSpace, PoolClient, PoolNode, PoolSettings, Tier, pulling, whole
 from kvferry.pool.messages import GetBlocks, PutBlocks, Release
 from kvferry.transport.base import Region
+from pool_processes import WAIT_S, eventually
 
 BLOCK = 16384
 SPACE = BlockSpace(b"m" * 32, "tenant-a")
@@ -40,10 +41,15 @@ async def running(node: PoolNode, *clients: PoolClient) -> AsyncIterator[None]:
 async def pair(
     *, num_slabs: int = 64, transports: tuple[str, ...] = ("shm", "tcp"), space: BlockSpace = SPACE, **settings: Any
 ) -> AsyncIterator[tuple[PoolNode, PoolClient]]:
-    asked = {"arena_bytes": num_slabs * BLOCK + 8 * 4096, "slab_bytes": BLOCK, "max_leases": 4096, **settings}
-    node = PoolNode(settings=PoolSettings(**asked), transports=transports)
+    asked = {
+        "arena_bytes": num_slabs * BLOCK + 8 * 4096,
+        "slab_bytes": BLOCK,
+        "max_leases": 4096,
+        "lease_ttl_s": WAIT_S,
+    }
+    node = PoolNode(settings=PoolSettings(**{**asked, **settings}), transports=transports)
     await node.start()
-    client = PoolClient(node.address, space, transports=transports)
+    client = PoolClient(node.address, space, transports=transports, deadline_s=WAIT_S)
     await client.start()
     try:
         yield node, client
@@ -83,7 +89,7 @@ async def get(client: PoolClient, *numbers: int, prefix: bool = True) -> list[bo
 
 @pytest.mark.parametrize("transports", [("shm", "tcp"), ("tcp",)])
 async def test_what_was_put_is_got_and_nothing_else(transports: tuple[str, ...]) -> None:
-    async with pair(transports=transports) as (_, client):
+    async with pair(transports=transports) as (node, client):
         assert (await put(client, 1, 2, 3)).stored == 3
         again = await put(client, 2, 3, 4)
         assert (again.stored, again.duplicates) == (1, 2)
@@ -92,7 +98,7 @@ async def test_what_was_put_is_got_and_nothing_else(transports: tuple[str, ...])
         assert await get(client, 1, 9, 2) == [True, False, False]
         assert await get(client, 1, 9, 2, prefix=False) == [True, False, True]
         assert await get(client, 8) == [False]
-        await asyncio.sleep(0.05)
+        await until(lambda: node.stat().leases == 0)
         stat = await client.stat()
         assert (stat.leases, stat.counts["put_stored"], stat.counts["get_host"]) == (0, 4, 7)
         assert not client.failures
@@ -138,8 +144,10 @@ async def test_pins_keep_blocks_until_the_client_is_gone() -> None:
         assert await client.unpin(names(1)) == 0
         await put(client, 10, 11, 12, 13)
         assert await get(client, 1, 2) == [True, True]
+        pins = node._pins
+        assert pins._by_owner
         await other.close()
-        await asyncio.sleep(0.2)
+        await until(lambda: not pins._by_owner)
         await put(client, 20, 21, 22, 23)
         assert await get(client, 1) == [False]
 
@@ -249,7 +257,7 @@ async def test_a_get_that_is_given_up_before_it_is_served_leaves_no_lease() -> N
     async with pair() as (node, client):
         region, places = filled(client, 1)
         assert (await client.put(names(1), whole(region, BLOCK), places)).stored == 1
-        peer = await client._connect(time.monotonic() + 5)
+        peer = await client._connect(time.monotonic() + WAIT_S)
         # Both are read before the get is served, so that the release finds no lease yet.
         peer.send(msgspec.msgpack.encode(GetBlocks(7777, SPACE, names(1), BLOCK, True)))
         peer.send(msgspec.msgpack.encode(Release(7777)))
@@ -260,7 +268,6 @@ async def test_a_get_that_is_given_up_before_it_is_served_leaves_no_lease() -> N
 
 async def test_a_put_that_was_given_up_is_not_stored() -> None:
     async with pair() as (node, client):
-        client.deadline_s = 0.3
         read = node._engine.read_sync
 
         def late(*args: Any, **kwargs: Any) -> Any:
@@ -270,13 +277,11 @@ async def test_a_put_that_was_given_up_is_not_stored() -> None:
         await client.exists([])
         node._engine.read_sync = late  # type: ignore[method-assign]
         region, offsets = filled(client, 1)
+        client.deadline_s = 0.3
         assert (await client.put(names(1), whole(region, BLOCK), offsets)).cause == "transfer_timeout"
         region.buffer[:] = 0
         # The client leaves a node alone that did not answer in time, so the node itself is asked.
-        for _ in range(1000):
-            if node.counts["failed_lease_expired"]:
-                break
-            await asyncio.sleep(0.01)
+        await until(lambda: node.counts["failed_lease_expired"])
         assert node.counts["failed_lease_expired"] == 1
         assert node._index.find(SPACE, names(1)) == [None]
 
@@ -310,10 +315,8 @@ async def test_hostile_puts_store_nothing_and_break_nothing(change: dict[str, An
         right |= {"places": [0], "words_region": client._words_region.region_id, "word_offset": 0, "word": 0}
         request = PutBlocks(**{**right, **{name: value for name, value in change.items() if name not in piece}})
         client._peer.send(msgspec.msgpack.encode(request))
-        for _ in range(200):
-            if node.counts[f"failed_{said}"] or client._peer.lost is not None:
-                break
-            await asyncio.sleep(0.01)
+        peer = client._peer
+        await until(lambda: node.counts[f"failed_{said}"] or peer.lost is not None)
         assert (client._peer.lost is not None) == (said is None)
         assert said is None or node.counts[f"failed_{said}"] == 1
         assert await client.exists(names(1)) == [None]
@@ -322,12 +325,19 @@ async def test_hostile_puts_store_nothing_and_break_nothing(change: dict[str, An
 
 async def settled(client: PoolClient) -> None:
     """Return when the node's disk has nothing to write."""
-    for _ in range(200):
-        stat = await client.stat()
-        if stat.counts.get("disk_written", 0) + stat.counts.get("disk_skipped", 0) >= stat.counts["put_stored"]:
-            return
-        await asyncio.sleep(0.01)
-    raise AssertionError(f"the disk did not settle: {stat}")
+
+    async def is_settled() -> bool:
+        counts = (await client.stat()).counts
+        return counts.get("disk_written", 0) + counts.get("disk_skipped", 0) >= counts["put_stored"]
+
+    await eventually(is_settled)
+
+
+async def until(condition: Callable[[], object]) -> None:
+    async def holds() -> bool:
+        return bool(condition())
+
+    await eventually(holds)
 
 
 async def test_what_comes_over_a_network_is_whole_or_a_miss() -> None:

@@ -20,7 +20,7 @@ SECRET = "a secret of this test alone"
 BLOCK, NUM_BLOCKS = 65536, 8
 LAYOUT = KVLayout(NUM_BLOCKS, 16, BLOCK, 2, (LayerLayout(0, 0, BLOCK),))
 SPACE = BlockSpace.of(Fingerprint("model", "float32", 16, 1, 2, 8), LAYOUT, "tenant-a")
-WAIT_S = 30.0
+WAIT_S = 60.0
 
 
 def ip(*arguments: str) -> None:
@@ -74,7 +74,14 @@ def node(other_host: tuple[list[str], str, str]) -> Iterator[str]:
 def attach(node: str, memory: np.ndarray, listen: str) -> PoolAttachment:
     # Over TCP only: memory could be shared with a namespace, but not with another host.
     return PoolAttachment(
-        [node], SPACE, LAYOUT, {0: memory}, secret=SECRET.encode(), transports=("tcp",), listen=listen
+        [node],
+        SPACE,
+        LAYOUT,
+        {0: memory},
+        secret=SECRET.encode(),
+        transports=("tcp",),
+        listen=listen,
+        deadline_s=WAIT_S,
     )
 
 

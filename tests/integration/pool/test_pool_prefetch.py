@@ -18,7 +18,7 @@ from kvferry.pool import BlockSpace, PoolAttachment, PoolNode, PoolSettings
 BLOCK, NUM_BLOCKS, BLOCK_TOKENS = 65536, 16, 16
 LAYOUT = KVLayout(NUM_BLOCKS, BLOCK_TOKENS, BLOCK, 2, (LayerLayout(0, 0, BLOCK),))
 SPACE = BlockSpace.of(Fingerprint("model", "float32", BLOCK_TOKENS, 1, 2, 8), LAYOUT, "tenant-a")
-WAIT_S = 30.0
+WAIT_S = 60.0
 
 
 async def eventually(check: Callable[[], bool]) -> bool:
@@ -40,14 +40,14 @@ async def test_under_vllm_a_request_that_arrives_has_its_blocks_fetched_while_it
     wanted, names = memory.copy(), [bytes([i]) * 32 for i in range(5)]
     node = PoolNode(settings=settings)
     await node.start()
-    pool = PoolAttachment([node.address], SPACE, LAYOUT, {0: memory})
+    pool = PoolAttachment([node.address], SPACE, LAYOUT, {0: memory}, deadline_s=WAIT_S)
     assert (await done(pool.save(names, list(range(5))))).stored == 5
     await asyncio.to_thread(pool.close)
     await node.close()
 
     node = PoolNode(settings=settings)
     await node.start()
-    pool = PoolAttachment([node.address], SPACE, LAYOUT, {0: memory})
+    pool = PoolAttachment([node.address], SPACE, LAYOUT, {0: memory}, deadline_s=WAIT_S)
     try:
         book = PoolSchedulerHalf(block_size=BLOCK_TOKENS, look_up=pool.lookup, prefetch=pool.prefetch, wait_s=WAIT_S)
         assert node.counts["disk_loaded"] == 0

@@ -12,16 +12,23 @@ import pytest
 
 from kvferry.errors import LeaseExpired, PoolError
 from kvferry.pool import BlockSpace, PoolClient, PoolNode, PoolSettings, Tier
+from kvferry.pool import removal as removal_module
 from kvferry.pool import replicas as replicas_module
 from kvferry.pool.directory import Directory
 from kvferry.pool.epochs import Epoch
-from pool_processes import BLOCK, SPACE, client_of, eventually, get, name, put
+from pool_processes import BLOCK, SPACE, WAIT_S, client_of, eventually, get, name, put
 
 Views = Callable[[], Directory]
 
 
+@pytest.fixture(autouse=True)
+def patient_removals(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All nodes here live in one process, which may get no CPU for seconds."""
+    monkeypatch.setattr(removal_module, "TELL_S", WAIT_S)
+
+
 def make_node(view: Directory, **more: Any) -> PoolNode:
-    asked = {"arena_bytes": 40 * BLOCK, "slab_bytes": BLOCK, "node_ttl_s": 0.9, "max_copies": 1}
+    asked = {"arena_bytes": 40 * BLOCK, "slab_bytes": BLOCK, "node_ttl_s": 60.0, "max_copies": 1}
     return PoolNode(settings=PoolSettings(**{**asked, **more}), directory=view)
 
 
@@ -73,7 +80,7 @@ async def test_a_removal_told_to_one_node_reaches_all(directories: Views) -> Non
 
 async def test_removals_from_all_sides_at_once_all_come_true(directories: Views) -> None:
     async with nodes_of(directories, 3) as nodes, contextlib.AsyncExitStack() as stack:
-        clients = [await stack.enter_async_context(client_of(node.address, deadline_s=20.0)) for node in nodes]
+        clients = [await stack.enter_async_context(client_of(node.address)) for node in nodes]
         for client in clients:
             await put(client, [1, 2, 3, 4])
         await asyncio.gather(*(client.remove([name(number)]) for number, client in enumerate(clients, 1)))
@@ -140,7 +147,11 @@ async def test_without_its_directory_a_node_serves_nothing_of_its_disk(tmp_path:
 
 
 async def test_a_removal_that_the_directory_did_not_hear_of_reaches_others_when_it_does(directories: Views) -> None:
-    async with nodes_of(directories, 2) as (one, two), client_of(one.address) as here, client_of(two.address) as there:
+    async with (
+        nodes_of(directories, 2, node_ttl_s=6.0) as (one, two),
+        client_of(one.address) as here,
+        client_of(two.address) as there,
+    ):
         await put(here, [1, 2])
         await put(there, [1, 2])
         # As `remove` does where the directory can't be asked.
@@ -246,12 +257,12 @@ async def test_a_drained_node_hands_on_its_hot_blocks_and_leaves(directories: Vi
                 await put(client, list(range(first, first + 5)))
             for first in range(0, 15, 5):
                 await get(client, list(range(first, first + 5)))
-            state = await client.drain(20.0)
+            state = await client.drain(WAIT_S)
             assert (await put(client, [99])).refused == 1
 
             async def ended() -> bool:
                 nonlocal state
-                state = await client.drain(20.0)
+                state = await client.drain(WAIT_S)
                 return bool(state.ended)
 
             await eventually(ended)
@@ -276,13 +287,13 @@ async def test_a_drain_is_bounded_and_tells_what_is_left(directories: Views) -> 
             await put(client, [1, 2])
             await get(client, [1, 2])
             two._replicas.closed_to_more = True
-            await client.drain(20.0)
+            await client.drain(WAIT_S)
 
             async def ended() -> bool:
-                return bool((await client.drain(20.0)).ended)
+                return bool((await client.drain(WAIT_S)).ended)
 
             await eventually(ended)
-            state = await client.drain(20.0)
+            state = await client.drain(WAIT_S)
             assert (state.copied, state.left, state.ended) == (0, 2, "no other node takes more")
 
 
@@ -296,7 +307,7 @@ async def test_a_drain_that_nobody_answers_ends_at_its_deadline(directories: Vie
         async def ended() -> bool:
             return bool((await client.drain(0.3)).ended)
 
-        await eventually(ended, within_s=20.0)
+        await eventually(ended)
         state = await client.drain(0.3)
         assert (state.left, state.ended) == (2, "the deadline of 0.3 s passed")
         assert len(one._leases) == 0

@@ -206,7 +206,7 @@ class Cluster:
 
     async def start(self, *, limits: Limits | None = None, secret: bytes | None = None, **router: Any) -> Router:
         settings = Settings()
-        defaults = {"port": 0, "drain_s": 0.2, "outcome_wait_s": WAIT_S, "ttl_s": 60.0}
+        defaults = {"port": 0, "drain_s": 0.2, "outcome_wait_s": WAIT_S, "ttl_s": 600.0}
         own = msgspec.structs.replace(settings.router, **{**defaults, **router})
         self.router = Router(msgspec.structs.replace(settings, router=own), secret, limits=limits)
         await self.router.start()

@@ -75,7 +75,7 @@ async def test_200_requests_while_everything_fails_now_and_then(cluster: Cluster
     async def ask(number: int, session: aiohttp.ClientSession) -> tuple[int, bytes, str]:
         body = {"model": "m", "prompt": f"prompt {number}", "stream": number % 2 == 0}
         headers = {"x-request-id": f"storm-{number}"}
-        async with asyncio.timeout(60), session.post("/v1/completions", json=body, headers=headers) as answer:
+        async with asyncio.timeout(100), session.post("/v1/completions", json=body, headers=headers) as answer:
             return answer.status, await answer.read(), answer.headers.get("x-kvferry-outcome", "")
 
     async def one(number: int, session: aiohttp.ClientSession) -> None:

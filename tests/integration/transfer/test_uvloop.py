@@ -36,14 +36,14 @@ def test_reads_messages_and_partings_work_on_uvloop(scheme: str) -> None:
         source, words = owner.allocate(1 << 20), owner.allocate(4096)
         source.buffer[:] = 7
         offset = WordTable(words).allocate(99)
-        peer = await reader.connect(owner.address, deadline_s=10.0)
+        peer = await reader.connect(owner.address, deadline_s=60.0)
         target = reader.allocate(1 << 20)
         at = np.arange(16, dtype=np.int64) * 65536
         blocks = BlockList(peer.regions[source.region_id], target, at, at[::-1].copy(), 65536)
-        await reader.read(peer, blocks, guard=Guard(words.region_id, offset, 99), deadline_s=10.0)
+        await reader.read(peer, blocks, guard=Guard(words.region_id, offset, 99), deadline_s=60.0)
         assert (target.buffer == 7).all()
         peer.send(b"abc")
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             await answered.wait()
             peer.close()
             await parted.wait()

@@ -31,7 +31,7 @@ class TestSharedMemory(TransportConformance):
         """Mapped here, the owner could not free it."""
         inode = str(case.source.handles["shm"]["inode"])
         case.read(case.blocks([0], [0]))
-        case.reader.engine.read_sync(case.peer, case.blocks([0], [0], 4096), deadline_s=5.0)
+        case.reader.engine.read_sync(case.peer, case.blocks([0], [0], 4096), deadline_s=60.0)
         assert inode in mapped_inodes()
         case.owner.call("unregister", case.source.region_id)
         wait_until(lambda: inode not in mapped_inodes())

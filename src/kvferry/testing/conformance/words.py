@@ -24,8 +24,8 @@ class LeaseWords(OwnerAndReader):
         with pytest.raises(LeaseExpired):
             case.read(case.blocks([0], [0]), guard=Guard(words, 8, 4711))
         with pytest.raises(LeaseExpired):
-            case.reader.engine.read_sync(case.peer, [], guard=Guard(words, 8, 4711), deadline_s=5.0)
-        loaded = case.reader.run(case.reader.engine.load_word(case.peer, words, 8, deadline_s=5.0))
+            case.reader.engine.read_sync(case.peer, [], guard=Guard(words, 8, 4711), deadline_s=30.0)
+        loaded = case.reader.run(case.reader.engine.load_word(case.peer, words, 8, deadline_s=30.0))
         assert loaded == 0
 
     def test_bytes_accepted_under_a_word_were_published_under_it(self, case: Case) -> None:
@@ -34,16 +34,16 @@ class LeaseWords(OwnerAndReader):
         accepted = refused = 0
         case.owner.call("churn", case.source.region_id, words, 0, BLOCK, self.word_stands_s)
         try:
-            until_s = time.monotonic() + 8.0
+            until_s = time.monotonic() + 60.0
             everything = case.blocks(shuffled(64, 1), shuffled(64, 2))
             while time.monotonic() < until_s and (accepted < 5 or refused < 5):
-                word = case.reader.engine.load_word_sync(case.peer, words, 0, deadline_s=5.0)
+                word = case.reader.engine.load_word_sync(case.peer, words, 0, deadline_s=30.0)
                 if word == 0:
                     continue
                 # Small reads are accepted often, large ones seldom: both must happen for the test to mean anything.
                 batch = everything if refused < 5 else case.blocks([0], [0])
                 try:
-                    case.reader.engine.read_sync(case.peer, batch, guard=Guard(words, 0, word), deadline_s=5.0)
+                    case.reader.engine.read_sync(case.peer, batch, guard=Guard(words, 0, word), deadline_s=30.0)
                 except LeaseExpired:
                     refused += 1
                     continue

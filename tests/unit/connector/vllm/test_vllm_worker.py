@@ -158,7 +158,7 @@ class Gate:
         self.fired = threading.Event()
 
     def synchronize(self):
-        assert self.fired.wait(5)
+        assert self.fired.wait(60)
 
 
 def test_nothing_is_published_before_the_forward_has_completed(node):
