@@ -180,7 +180,7 @@ class RouterClient:
             except (OSError, http.client.HTTPException) as error:
                 self._disconnect()
                 if fresh:
-                    return 0, f"{type(error).__name__}: {error}"
+                    return 0, f"({str(error) or type(error).__name__})"
         raise AssertionError("the second try is always a fresh one")
 
     def _disconnect(self) -> None:

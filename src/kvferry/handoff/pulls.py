@@ -123,4 +123,6 @@ def _how_it_ended(wanted: StartRead, task: asyncio.Task[Read]) -> ReadCompleted 
     if isinstance(error, KVError):
         return ReadFailed(wanted.handoff, wanted.read_id, error.cause, error.message)
     _log.error("a read of handoff %s ended in a bug", wanted.handoff, exc_info=error)
-    return ReadFailed(wanted.handoff, wanted.read_id, "internal_error", repr(error))
+    return ReadFailed(
+        wanted.handoff, wanted.read_id, "internal_error", f"a bug, its traceback is in this instance's log: {error!r}"
+    )

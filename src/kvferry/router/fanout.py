@@ -107,7 +107,7 @@ class Fanout:
         try:
             body = merge_answers(bodies)
         except (msgspec.MsgspecError, KeyError, TypeError, AttributeError) as error:
-            self._answer(502, [JSON], error_body(502, f"an instance's answer is no completion: {error!r}"))
+            self._answer(502, [JSON], error_body(502, f"an instance's answer is no completion ({error})"))
             return
         first = [h for h in self._parts[0].headers if h[0] not in (b"x-request-id", b"x-kvferry-outcome")]
         outcomes = [v for part in self._parts for k, v in part.headers if k == b"x-kvferry-outcome"]

@@ -282,7 +282,7 @@ class UpstreamConnection(asyncio.Protocol):
         if self._until_close and self._in_body and exc is None:
             call.ended()
             return
-        why = f"{type(exc).__name__}: {exc}" if exc is not None else "it closed the connection"
+        why = (str(exc) or type(exc).__name__) if exc is not None else "it closed the connection"
         seen = f"after {self._num_bytes} bytes of its answer" if self._num_bytes else "before its answer"
         untouched = self._num_calls > 1 and self._num_bytes == 0
         call.lost(PeerGone(f"{self.origin} was lost {seen} ({why})", peer=str(self.origin)), untouched=untouched)

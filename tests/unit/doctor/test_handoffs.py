@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -145,6 +146,22 @@ def test_handoffs_that_did_not_deliver_are_grouped_and_explained() -> None:
     for part in ("2 of the last 7", "peer_gone", "r-9", HANDOFF, "0.4 s", "the connection to prefill-0 broke"):
         assert part in finding.seen
     assert "start prefill-0 again" in finding.fix
+
+
+def test_a_request_without_a_handoff_or_an_instance_is_told_without_gaps() -> None:
+    direct = ended("recomputed", "no_prefill_instance", stage="queue", prefill=None, handoff=None)
+    nobody = ended(
+        "failed", "no_instance_available", stage="queue", prefill=None, decode=None, handoff=None, status=503
+    )
+    odd = ended("recomputed", "", stage=None)
+    findings = said(handoffs=[], recent=[direct, nobody, odd])
+    assert [f.id for f in findings] == ["KVF110", "KVF115", "KVF115"]
+    text = " ".join(f.seen + f.fix for f in findings)
+    assert not re.search(r"\bNone\b|\?|\(\)", text), text
+    assert "(decode-0 alone), the last one, request r-9, after" in text and "(no instance)" in text
+    lost = {**REQUEST, "handoff": None, "prefill": None, "decode": "decode-7", "stage": "decode"}
+    gone = said(handoffs=[], requests=[lost])
+    assert gone[0].seen.startswith("request r-1: in stage decode") and "decode-7 alone" in gone[0].seen
 
 
 def test_the_stage_tells_whose_fault_a_deadline_is() -> None:

@@ -45,7 +45,7 @@ def handoffs(case: Case) -> Iterator[Finding]:
         if gone and request.get("handoff") not in told and _age(request) >= STUCK_AFTER_S:
             yield found(
                 "KVF108",
-                f"handoff {request.get('handoff')} of request {request.get('request')}: in stage "
+                f"{_named(request)}: in stage "
                 f"{request.get('stage')}, {_age(request):.1f} s old at the router, {_pair(request)}; "
                 f"{' and '.join(gone)} no longer reports itself: its process ended or is stopped, or it does not "
                 "reach the router",
@@ -182,7 +182,7 @@ def _ended(state: dict[str, Any]) -> Iterator[Finding]:
     groups: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
     for r in ended:
         if r["state"] in ("failed", "recomputed"):
-            key = (r["state"], str(r.get("stage") or "?"), str(r.get("cause") or "?"))
+            key = (r["state"], str(r.get("stage") or "an unknown stage"), str(r.get("cause") or "no cause"))
             groups.setdefault(key, []).append(r)
     for (kind, stage, cause), requests in groups.items():
         last = requests[-1]
@@ -194,8 +194,8 @@ def _ended(state: dict[str, Any]) -> Iterator[Finding]:
         yield found(
             "KVF110" if kind == "failed" else "KVF115",
             f"{len(requests)} of the last {len(ended)} requests {'failed' if kind == 'failed' else 'were recomputed'}: "
-            f"at {stage} with {cause} ({_pair(last)}), the last one {last.get('request')} with handoff "
-            f"{last.get('handoff')} after {float(last.get('handoff_s') or last.get('total_s') or 0):.1f} s"
+            f"at {stage} with {cause} ({_pair(last)}), the last one, {_named(last)}, after "
+            f"{float(last.get('handoff_s') or last.get('total_s') or 0):.1f} s"
             + (f": {last['detail']}" if last.get("detail") else "")
             + (f"; {texts.meaning}" if texts.meaning else ""),
             texts.mend,
@@ -210,8 +210,17 @@ def _ended(state: dict[str, Any]) -> Iterator[Finding]:
         yield found("KVF111", f"{recomputed} of the last {len(ended)} requests recomputed: {'; '.join(causes)}")
 
 
+def _named(record: dict[str, Any]) -> str:
+    """A request with its handoff, if it has one."""
+    request, handoff = f"request {record.get('request')}", record.get("handoff")
+    return f"handoff {handoff} of {request}" if handoff else request
+
+
 def _pair(record: dict[str, Any]) -> str:
-    return f"{record.get('prefill') or '?'} to {record.get('decode') or '?'}"
+    prefill, decode = record.get("prefill"), record.get("decode")
+    if prefill and decode:
+        return f"{prefill} to {decode}"
+    return f"{prefill or decode} alone" if prefill or decode else "no instance"
 
 
 def _texts(stage: str, cause: str, record: dict[str, Any]) -> Cause:

@@ -216,7 +216,9 @@ async def _errors_in_openai_form(request: web.Request, handler: Handler) -> web.
     except RequestError as error:
         return _json(error_body(error), status=error.status)
     except web.HTTPException as error:
-        refused = RequestError(error.reason or "refused", status=error.status)
+        refused = RequestError(
+            f"{request.method} {request.path[:200]}: {error.reason or 'refused'}", status=error.status
+        )
         headers = {k: v for k, v in error.headers.items() if k.lower() == "allow"}
         return _json(error_body(refused), status=error.status, headers=headers)
 
