@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from kvferry import wire
 from kvferry.errors import AuthenticationError, CompatibilityError, ConfigError, KVError, WireError
+from kvferry.layout import PROTOCOL_VERSION
 from kvferry.types import Incarnation
 from kvferry.wire import Codec, FrameDecoder, Handshake, encode_frame, open_frame
 
@@ -209,7 +210,7 @@ def test_a_secret_on_one_side_only_is_named(secrets: tuple[bytes | None, bytes |
 
 def test_another_protocol_version_is_refused_with_both_values() -> None:
     client, server = _pair(version=99)
-    with pytest.raises(CompatibilityError, match="version here 99, there 2"):
+    with pytest.raises(CompatibilityError, match=f"version here 99, there {PROTOCOL_VERSION}"):
         _introduce(client, server)
 
 

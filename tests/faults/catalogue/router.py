@@ -9,12 +9,14 @@ import threading
 import time
 import urllib.request
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any, Literal
+from types import SimpleNamespace
+from typing import Any, ClassVar, Literal
+from unittest.mock import patch
 
 import msgspec
 
 from catalogue.bench import Bench
-from kvferry.doctor import Facts, Finding, examine
+from kvferry.doctor import Facts, Finding, examine, live
 from kvferry.doctor.echo import EchoServer
 from kvferry.doctor.live import look_at_router
 from kvferry.doctor.passage import probe_passage
@@ -30,7 +32,7 @@ Mode = Literal["plain", "mangle", "buffer", "drop", "status"]
 def start_router(bench: Bench, *more: str) -> str:
     """A router of its own process; its URL."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "kvferry.cli", "router", "--port", "0", *more],
+        [sys.executable, "-m", "kvferry.cli", "router", "--port", "0", "--ttl-s", "60s", *more],
         cwd=bench.directory,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
@@ -46,9 +48,9 @@ def start_router(bench: Bench, *more: str) -> str:
 
 def wait_for_instances(url: str, count: int) -> None:
     """Until so many are in the router's table."""
-    end = time.monotonic() + 20
+    end = time.monotonic() + 60
     while time.monotonic() < end:
-        with urllib.request.urlopen(url + "/kvferry/v1/instances", timeout=5) as answer:
+        with urllib.request.urlopen(url + "/kvferry/v1/instances", timeout=60) as answer:
             if len(msgspec.json.decode(answer.read())["instances"]) >= count:
                 return
         time.sleep(0.05)
@@ -56,19 +58,18 @@ def wait_for_instances(url: str, count: int) -> None:
 
 
 class Fleet:
-    """Stand-in instances that report to a router again and again until the bench ends."""
+    """Stand-in instances that report to a router when they are told to, however busy the machine is."""
+
+    of_router: ClassVar[dict[str, list[Fleet]]] = {}
 
     def __init__(self, bench: Bench, url: str) -> None:
         self._url = url
         self._reports: dict[str, InstanceReport] = {}
         self._moving: set[str] = set()
-        self._end = threading.Event()
-        self._lock = threading.Lock()
         self._http = EchoServer("127.0.0.1", lambda request: None)
         self._http.__enter__()
-        self._thread = threading.Thread(target=self._beat)
-        self._thread.start()
-        bench.undo.append(self._stop)
+        self.of_router.setdefault(url, []).append(self)
+        bench.undo.append(self._end)
 
     def join(self, name: str, role: Role, *, url: str = "", moving: bool = True, **more: Any) -> None:
         """Register an instance; `moving` ones count a step with each report. Without a `url` our server is its."""
@@ -82,28 +83,24 @@ class Fleet:
             engine="stand-in",
             **{"fingerprint": FINGERPRINT, "num_blocks": 64, "free_blocks": 64, **more},
         )
-        with self._lock:
-            self._reports[name] = report
-            if moving:
-                self._moving.add(name)
+        self._reports[name] = report
+        if moving:
+            self._moving.add(name)
         self._send(report)
 
-    def _beat(self) -> None:
-        while not self._end.wait(0.5):
-            with self._lock:
-                for name in self._moving:
-                    report = self._reports[name]
-                    self._reports[name] = msgspec.structs.replace(report, step=report.step + 1)
-                reports = list(self._reports.values())
-            for report in reports:
-                self._send(report)
+    def beat(self) -> None:
+        """A heartbeat of each instance."""
+        for name in self._moving:
+            report = self._reports[name]
+            self._reports[name] = msgspec.structs.replace(report, step=report.step + 1)
+        for report in self._reports.values():
+            self._send(report)
 
     def _send(self, report: InstanceReport) -> None:
         post(self._url + "/kvferry/v1/instances", report)
 
-    def _stop(self) -> None:
-        self._end.set()
-        self._thread.join()
+    def _end(self) -> None:
+        self.of_router.pop(self._url, None)
         self._http.__exit__()
 
 
@@ -111,7 +108,7 @@ def post(url: str, body: Any) -> None:
     """POST JSON; a router that is gone is none of our business."""
     request = urllib.request.Request(url, msgspec.json.encode(body), {"content-type": "application/json"})
     try:
-        with urllib.request.urlopen(request, timeout=5) as answer:
+        with urllib.request.urlopen(request, timeout=60) as answer:
             answer.read()
     except OSError:
         pass
@@ -151,8 +148,16 @@ def run_requests(bench: Bench, url: str, state: TerminalState, cause: str, count
 
 
 def ask_doctor(url: str) -> list[Finding]:
-    """What the doctor says of a running router."""
-    return examine(look_at_router(Facts(), url, second_look_s=1.2))
+    """What the doctor says of a running router, to which its stand-ins report before each look."""
+    fleets = Fleet.of_router.get(url, [])
+
+    def beat(_seconds: float = 0.0) -> None:
+        for fleet in fleets:
+            fleet.beat()
+
+    beat()
+    with patch.object(live, "time", SimpleNamespace(sleep=beat)):
+        return examine(look_at_router(Facts(), url))
 
 
 def probe(url: str) -> list[Finding]:

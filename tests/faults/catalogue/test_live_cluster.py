@@ -174,14 +174,14 @@ def _said_while_stopped(
     by_pid = examine(gather(prefill=pids["prefill"], decode=pids["decode"]))
     if pid == cluster.pids["decode-0"]:
         os.kill(pid, signal.SIGCONT)
-    request.join(90)
+    request.join(110)
     assert not request.is_alive(), "the request hangs"
     os.kill(pid, signal.SIGCONT)
     return by_router, by_pid
 
 
 def _wait_until_stopped(pid: int) -> None:
-    end = time.monotonic() + 20
+    end = time.monotonic() + 60
     while psutil.Process(pid).status() != psutil.STATUS_STOPPED:
         assert time.monotonic() < end
         time.sleep(0.02)
@@ -189,9 +189,9 @@ def _wait_until_stopped(pid: int) -> None:
 
 def _wait_until_in_hand(url: str) -> None:
     """Until the router has a request that is older than the doctor's patience."""
-    end = time.monotonic() + 20
+    end = time.monotonic() + 60
     while time.monotonic() < end:
-        with urllib.request.urlopen(f"{url}/debug/handoffs", timeout=10) as answer:
+        with urllib.request.urlopen(f"{url}/debug/handoffs", timeout=60) as answer:
             if any(r["age_s"] > 0.5 for r in msgspec.json.decode(answer.read())["requests"]):
                 return
         time.sleep(0.05)
@@ -200,7 +200,7 @@ def _wait_until_in_hand(url: str) -> None:
 
 def _until(url: str, finding_id: str) -> list[Finding]:
     """What the doctor says of a router, as soon as its first finding is this one."""
-    end = time.monotonic() + 30
+    end = time.monotonic() + 90
     while time.monotonic() < end:
         said = examine(look_at_router(Facts(), url))
         if said and said[0].id == finding_id:

@@ -15,7 +15,7 @@ import pytest
 from kvferry.clock import RealClock
 from kvferry.errors import ConfigError, TransferUnfinished
 from kvferry.handoff.node import HandoffNode, Released
-from kvferry.layout import Fingerprint, KVLayout, LayerLayout, block_offsets
+from kvferry.layout import PROTOCOL_VERSION, Fingerprint, KVLayout, LayerLayout, block_offsets
 from kvferry.protocol.events import ReleaseReason
 from kvferry.protocol.lease import HandoffSettings
 from kvferry.protocol.membership import HandoffView
@@ -476,7 +476,7 @@ def test_a_restarted_source_is_another_one(pair: tuple[Instance, Instance]) -> N
         ("model", "other", "model: here 'other', there 'm'"),
         ("dtype", "bfloat16", "dtype: here 'bfloat16', there 'float32'"),
         ("block_size", 32, "block_size: here 32, there 16"),
-        ("protocol_version", 9, "protocol_version: here 9, there 2"),
+        ("protocol_version", 99, f"protocol_version: here 99, there {PROTOCOL_VERSION}"),
     ],
 )
 def test_sides_that_differ_are_refused_with_both_values(field: str, value: Any, seen: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import gc
 from typing import Any
 
 from kvferry.config import add_flags, load_settings
@@ -28,7 +29,10 @@ def run(args: argparse.Namespace) -> int:
     """Serve until a signal. Returns the exit status."""
     settings = load_settings(args)
     configure_logs(settings.log, process=settings.engine.instance_id or f"engine-{settings.engine.role}")
+    gc.disable()  # What torch and transformers make of themselves stays, and looking through it costs a second.
     from kvferry.connector.transformers.instance import EngineInstance
+
+    gc.enable()
 
     async def serve() -> None:
         await EngineInstance(settings).serve()
