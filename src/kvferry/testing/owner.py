@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import importlib
 import json
 import os
@@ -88,8 +89,9 @@ class Owner:
         return len(self.engine.peers)
 
 
+@functools.lru_cache(maxsize=2)
 def random_bytes(nbytes: int, seed: int) -> np.ndarray[tuple[int], np.dtype[np.uint8]]:
-    """uint8 [nbytes], the same for the same seed in every process."""
+    """uint8 [nbytes], read-only, the same for the same seed in every process. Two are kept, as drawing them is slow."""
     return np.frombuffer(np.random.default_rng(seed).bytes(nbytes), dtype=np.uint8)
 
 

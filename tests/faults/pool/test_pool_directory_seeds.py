@@ -49,7 +49,7 @@ from kvferry.pool.removal import Removals
 from kvferry.pool.reporter import Reporter
 from kvferry.pool.settings import PoolSettings
 
-NUM_SEEDS = int(os.environ.get("KVFERRY_POOL_SEEDS", "60"))
+NUM_SEEDS = int(os.environ.get("KVFERRY_POOL_SEEDS", "30"))
 NUM_NODES, NUM_KEYS, NUM_SLABS, RUN_S, HEAL_S = 3, 4, 10, 8.0, 6.0
 Key = tuple[BlockSpace, bytes]
 

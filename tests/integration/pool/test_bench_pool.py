@@ -28,7 +28,9 @@ def test_each_system_gives_a_right_result_for_each_of_its_cases(system: type[Sys
     why_not = system.why_not()
     if why_not is not None:
         pytest.skip(why_not)
-    asked = [case for case in CASES.values() if case.kind in system.kinds and not case.name.endswith("single")]
+    # Of the shapes of blocks one is enough, but for the first system.
+    left_out = ("single",) if system is Kvferry else ("single", "64k")
+    asked = [case for case in CASES.values() if case.kind in system.kinds and not case.name.endswith(left_out)]
     results = list(system().measure(asked, scale(tmp_path)))
     assert sorted(result.case for result in results) == sorted(case.name for case in asked)
     for result in results:
