@@ -25,6 +25,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Callable
 from typing import ClassVar
 
@@ -55,9 +57,11 @@ class KVError(Exception):
         return "".join("_" + c.lower() if c.isupper() and i else c.lower() for i, c in enumerate(name))
 
     def __str__(self) -> str:
-        where = ", ".join(
-            f"{k} {v}" for k, v in (("request", self.request_id), ("peer", self.peer), ("stage", self.stage)) if v
-        )
+        named = {"request": self.request_id, "peer": self.peer}
+        facts = {key: name for key, name in named.items() if name and name not in self.message}
+        if self.stage:
+            facts["stage"] = self.stage
+        where = ", ".join(f"{key} {value}" for key, value in facts.items())
         return f"{self.message} [{where}]" if where else self.message
 
 
@@ -149,6 +153,13 @@ class NoInstanceAvailable(KVError):
     """No instance can take the request now."""
 
     retryable = True
+
+
+def system_reason(error: OSError) -> str:
+    """The system's own words for an error, in place of which asyncio puts the address once more."""
+    if error.errno is not None and error.errno in errno.errorcode:
+        return os.strerror(error.errno)
+    return error.strerror or str(error) or type(error).__name__
 
 
 class InvalidTransition(Exception):

@@ -353,6 +353,8 @@ class HandoffNode:
                 case ReleaseBlocks(handoff, _, reason, cause):
                     if reason is not ReleaseReason.PREEMPTED:
                         self._heads.pop(handoff, None)
+                        if reason not in (ReleaseReason.ACKED, ReleaseReason.CANCELLED):
+                            _log.info("handoff %s: its blocks were let go (%s): %s", handoff, reason, cause)
                         self._released.append(Released(handoff, reason, cause, self._clock.now_s()))
                         self._wake()
                 case Connect():
@@ -391,7 +393,8 @@ class HandoffNode:
     def _on_lost(self, peer: Peer, error: KVError) -> None:
         with self._lock:
             if not self._closed:
-                _log.info("peer %s is gone: %s", peer.name, error)
+                name = hellos.decode(peer.hello).instance_id
+                _log.info("the connection to %s at %s was lost: %s", name, peer.address, error.message)
                 self._source_event(PeerLost(peer.incarnation, error.cause, error.message))
                 self._target_event(PeerLost(peer.incarnation, error.cause, error.message))
 

@@ -18,7 +18,7 @@ import json
 import logging
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, TextIO
 
 import msgspec
@@ -100,7 +100,8 @@ def configure_logs(settings: LogSettings, *, process: str, stream: TextIO | None
 
 
 class TextLines(logging.Formatter):
-    """`time LEVEL process  event  key=value …`; a value with spaces or quotes is written as a JSON text."""
+    """`time LEVEL process  event  key=value …`; a value with spaces or quotes is written as a JSON text, a mapping as
+    `key.inner=value …`."""
 
     def __init__(self, process: str) -> None:
         super().__init__()
@@ -108,7 +109,7 @@ class TextLines(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         event, fields = _event_and_fields(record)
-        facts = " ".join(f"{key}={_text_value(value)}" for key, value in fields.items())
+        facts = " ".join(f"{key}={_text_value(value)}" for key, value in _flat(fields))
         line = f"{_utc(record)} {record.levelname:<7} {self._process}  {_one_line(event)}"
         return f"{line}  {facts}" if facts else line
 
@@ -150,6 +151,14 @@ def _event_and_fields(record: logging.LogRecord) -> tuple[str, dict[str, Any]]:
         return record.getMessage(), fields
     except (TypeError, ValueError):
         return str(record.msg), fields
+
+
+def _flat(fields: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    for key, value in fields.items():
+        if isinstance(value, Mapping):
+            yield from ((f"{key}.{inner}", each) for inner, each in value.items())
+        else:
+            yield key, value
 
 
 def _text_value(value: Any) -> str:

@@ -16,17 +16,18 @@ _GONE = {
     "failed": "the prefill at {source} failed",
     "incarnation_changed": "{source} was started again: this is another process",
     "not_the_target": "{source} computes this request for another instance",
-    "prompt_mismatch": "the prompt that {source} got is another one than this instance's",
+    "prompt_mismatch": "{source} does not have this prompt",
     "refused": "{source} did not take it",
     "revoked": "{source} took its blocks back",
     "unknown": "{source} knows nothing of this handoff (any more)",
 }
 """The reasons of `Gone` that end a handoff. Each becomes a cause of its own."""
 
+OTHER_PROMPT = "the prompt that the decode instance got is another one"
 REFUSED = {
     "busy": "as many handoffs are open here as there may be",
-    "closed": "this handoff's id was here before and is closed; a retry must come with an id of its own",
-    "duplicate": "this handoff's id is under way here; a retry must come with an id of its own",
+    "closed": "it is over already: given up before this request came, or this is a second request under its id",
+    "duplicate": "it is under way here: this is a second request under its id",
     "incarnation_changed": "the ticket is for an earlier process of this instance",
 }
 """Why a side does not take its engine's request, by the reason of `Refused`."""
@@ -35,6 +36,10 @@ REFUSED = {
 def source_of(record: TargetRecord) -> str:
     """The source's name."""
     return record.ticket.source.instance_id or "the prefill instance"
+
+
+def _target_of(record: TargetRecord) -> str:
+    return record.ticket.target.instance_id or "the decode instance"
 
 
 def of_gone(record: TargetRecord, reason: str, why: str) -> str:
@@ -62,14 +67,14 @@ def of_silence(record: TargetRecord, lease_ttl_s: float, *, serving: bool) -> st
     """A lease's time passed without an answer; not `serving`: because this side did not ask."""
     if serving:
         return f"nothing was heard of {source_of(record)} for {lease_ttl_s:g} s, the lease's time"
-    return f"this instance's serving loop stood still, so that {source_of(record)} was not asked any more"
+    return f"the serving loop of {_target_of(record)} stood still, so that {source_of(record)} was not asked any more"
 
 
 def of_deadline(record: TargetRecord) -> str:
     """The handoff's own time was over. What had been reached by then tells who was late."""
     source, within = source_of(record), f"within {record.deadline_s - record.opened_s:.1f} s, the time that it had"
     if record.state is TargetState.RESERVING:
-        return f"no room for its blocks came free {within}"
+        return f"{_target_of(record)} had no room for its blocks {within}"
     if record.word == NO_WORD:
         return f"{source} did not begin with it {within}"
     if not record.runs:

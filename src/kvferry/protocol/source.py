@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from kvferry.protocol.details import OTHER_PROMPT
 from kvferry.protocol.events import (
     Action,
     Cancelled,
@@ -122,7 +123,7 @@ class SourceHandoffs(SourceTable):
         self._tell(record, now_s, "offered")
         out = self._open_lease(record, now_s, now_s + self.settings.lease_ttl_s)
         if record.subscribed and asked_digest != event.prompt_digest:
-            return out + self._close(record, ReleaseReason.FAILED, "prompt_mismatch", now_s, gone="prompt_mismatch")
+            return out + self._close(record, ReleaseReason.FAILED, OTHER_PROMPT, now_s, gone="prompt_mismatch")
         return out + self._push(record, 0, now_s)
 
     def _on_published(self, event: Published, now_s: float) -> list[Action]:
@@ -233,7 +234,7 @@ class SourceHandoffs(SourceTable):
             return [self._gone(message, now_s, record.closed_as, record.closed_why)]
         elif message.prompt_digest != record.prompt_digest:
             record.subscribed = True
-            return self._close(record, ReleaseReason.FAILED, "prompt_mismatch", now_s, gone="prompt_mismatch")
+            return self._close(record, ReleaseReason.FAILED, OTHER_PROMPT, now_s, gone="prompt_mismatch")
         elif not record.subscribed:
             record.subscribed = True
             self._tell(record, now_s, "subscribed")

@@ -14,7 +14,7 @@ from typing import NamedTuple, Protocol, cast
 
 import httptools
 
-from kvferry.errors import ConfigError, KVError, PeerGone, TransferTimeout, WireError
+from kvferry.errors import ConfigError, KVError, PeerGone, TransferTimeout, WireError, system_reason
 
 MAX_ANSWER_HEAD_BYTES = 64 << 10
 MAX_IDLE = 512
@@ -343,7 +343,9 @@ class UpstreamPool:
                 f"{origin} took no connection within {self._connect_timeout_s:g} s", peer=str(origin), stage="connect"
             ) from error
         except OSError as error:
-            raise PeerGone(f"{origin} takes no connection: {error}", peer=str(origin), stage="connect") from error
+            raise PeerGone(
+                f"{origin} takes no connection: {system_reason(error)}", peer=str(origin), stage="connect"
+            ) from error
         return connection
 
     def sweep(self, now_s: float) -> None:

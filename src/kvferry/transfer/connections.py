@@ -9,7 +9,7 @@ import socket
 from collections.abc import Callable, Coroutine
 from typing import Any, Literal
 
-from kvferry.errors import KVError, PeerGone, TransferTimeout, TransportClosed, TransportError
+from kvferry.errors import KVError, PeerGone, TransferTimeout, TransportClosed, TransportError, system_reason
 from kvferry.observe.listeners import port_taken
 from kvferry.transfer.control import ControlConnection, EngineHello, RegionAdded, RegionRemoved, hellos
 from kvferry.transfer.peer import Peer
@@ -98,7 +98,7 @@ class Connections:
             await asyncio.get_running_loop().create_connection(lambda: connection, host, port)
             await connection.ready
         except OSError as error:
-            reason = PeerGone(f"cannot connect to {address}: {error.strerror or error}", peer=address)
+            reason = PeerGone(f"cannot connect to {address}: {system_reason(error)}", peer=address)
             self._abandon(connection, reason)
             raise reason from error
         except BaseException:

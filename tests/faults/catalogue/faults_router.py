@@ -7,8 +7,10 @@ import msgspec
 from catalogue.bench import Bench, nixl, run
 from catalogue.router import (
     FINGERPRINT,
+    MODEL,
     Fleet,
     ask_doctor,
+    post,
     probe,
     run_requests,
     start_proxy,
@@ -18,6 +20,7 @@ from catalogue.router import (
 )
 from catalogue.table import fault, healthy
 from kvferry.doctor import Finding
+from kvferry.doctor.echo import EchoServer
 from kvferry.types import TerminalState
 
 HANDOFF = "0123456789abcdef0123456789abcdef"
@@ -226,6 +229,33 @@ def one_handoff_did_not_deliver(bench: Bench) -> list[Finding]:
     run_requests(bench, url, TerminalState.DELIVERED, "", 4)
     run_requests(bench, url, TerminalState.RECOMPUTED, "lease_expired", 1)
     return ask_doctor(url)
+
+
+@fault("KVF115", "answers are right, and nothing tells whether KV comes over")
+def a_polled_decode_has_no_connector(bench: Bench) -> list[Finding]:
+    engine = _instance_without_connector(bench)
+    url = start_router(bench, "--prefill", f"{engine},handoff=tcp://127.0.0.1:9", "--decode", engine)
+    wait_for_instances(url, 2)
+    post(url + "/v1/completions", {"prompt": "0", "max_tokens": 4, "stream": True})
+    (finding,) = said = ask_doctor(url)
+    assert "decode/outcome_unknown" in finding.seen.replace(" with ", "/"), finding.seen
+    return said
+
+
+@fault("KVF105", "answers are right and slow: decode does every prefill", also=("KVF115",))
+def no_prefill_instance(bench: Bench) -> list[Finding]:
+    url = start_router(bench)
+    Fleet(bench, url).join("decode-0", "decode", url=_instance_without_connector(bench))
+    post(url + "/v1/completions", {"model": MODEL, "prompt": "0", "max_tokens": 4, "stream": True})
+    return ask_doctor(url)
+
+
+def _instance_without_connector(bench: Bench) -> str:
+    """The URL of an instance that answers, and reports no outcome."""
+    echo = EchoServer("127.0.0.1", lambda request: None)
+    echo.__enter__()
+    bench.undo.append(lambda: echo.__exit__(None, None, None))
+    return echo.url
 
 
 @fault("KVF107", "stuck in drop_select while prefill is overloaded")

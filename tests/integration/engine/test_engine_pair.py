@@ -178,7 +178,7 @@ def test_a_deadline_that_passed_in_the_queue_ends_the_sources_leg(pair: MakePair
     events = both.source.submit("r", prompts[4], ticket=ticket("source", new_handoff_id()), max_tokens=1)
     both.source.now_s = 11.0
     both.source.run()
-    assert isinstance(events[-1], Failure) and events[-1].error.code == "transfer_timeout"
+    assert isinstance(events[-1], Failure) and events[-1].error.code == "deadline_exceeded"
     assert is_empty(both)
 
 

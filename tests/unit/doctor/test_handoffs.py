@@ -164,6 +164,13 @@ def test_a_request_without_a_handoff_or_an_instance_is_told_without_gaps() -> No
     assert gone[0].seen.startswith("request r-1: in stage decode") and "decode-7 alone" in gone[0].seen
 
 
+def test_that_nobody_is_there_comes_before_the_requests_that_failed_for_it() -> None:
+    nobody = ended(
+        "failed", "no_instance_available", stage="queue", prefill=None, decode=None, handoff=None, status=503
+    )
+    assert [f.id for f in said(instances=[PREFILL], handoffs=[], requests=[], recent=[nobody])] == ["KVF105", "KVF110"]
+
+
 def test_the_stage_tells_whose_fault_a_deadline_is() -> None:
     late = ended("recomputed", "deadline_exceeded")
     (waiting,) = said(handoffs=[], recent=[late])

@@ -62,6 +62,12 @@ def test_json_line(lines: Callable[..., io.StringIO]):
     assert got["cause"] == "peer_gone" and got["field_level"] == "mine"
 
 
+def test_a_mapping_is_told_by_its_members(lines: Callable[..., io.StringIO]):
+    out = lines()
+    get_log("kvferry.x").info("request ended", stages={"queue": 0.25, "decode": 2.0}, status=200)
+    assert out.getvalue().endswith("request ended  stages.queue=0.25 stages.decode=2 status=200\n")
+
+
 @pytest.mark.parametrize("form", ["text", "json"])
 def test_a_fact_that_is_not_there_is_not_written(lines: Callable[..., io.StringIO], form: str):
     out = lines(format=form)

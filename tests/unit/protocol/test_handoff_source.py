@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from kvferry.errors import InvalidTransition
+from kvferry.protocol.details import OTHER_PROMPT
 from kvferry.protocol.events import (
     Action,
     Cancelled,
@@ -182,7 +183,7 @@ def test_a_parked_target_of_another_prompt_is_told_at_once() -> None:
     machine = Machine()
     machine.hear(subscribe(prompt_digest=b"other"), 0.0)
     actions = machine.do(offered(), 1.0)
-    assert actions[:3] == [StoreWord(0, W1), *released(ReleaseReason.FAILED, "prompt_mismatch")]
+    assert actions[:3] == [StoreWord(0, W1), *released(ReleaseReason.FAILED, OTHER_PROMPT)]
     (gone,) = sent(actions)
     assert isinstance(gone, Gone) and gone.reason == "prompt_mismatch"
 
@@ -191,7 +192,7 @@ def test_a_late_target_of_another_prompt_is_told_at_once() -> None:
     machine = Machine()
     machine.do(offered(), 0.0)
     actions = machine.hear(subscribe(prompt_digest=b"other"), 0.5)
-    assert actions[:2] == released(ReleaseReason.FAILED, "prompt_mismatch")
+    assert actions[:2] == released(ReleaseReason.FAILED, OTHER_PROMPT)
     assert [m.reason for m in sent(actions) if isinstance(m, Gone)] == ["prompt_mismatch"]
 
 

@@ -441,7 +441,7 @@ def test_a_deadline_tells_how_far_it_had_got() -> None:
     queued.do(Connected(H, P), 0.1)
     unknown, begun = waiting(), waiting()
     for machine, word, told in (
-        (queued, Word(0), f"no room for its blocks came free {within}"),
+        (queued, Word(0), f"d had no room for its blocks {within}"),
         (unknown, Word(0), f"p did not begin with it {within}"),
         (begun, W1, f"p published nothing of it {within}"),
     ):

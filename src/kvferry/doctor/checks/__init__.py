@@ -77,6 +77,7 @@ CHECKS: tuple[Check, ...] = (
     live.instances,
     handoffs.handoffs,
     live.roles,
+    handoffs.outcomes,
     live.fetching,
     live.passage,
     live.logs,

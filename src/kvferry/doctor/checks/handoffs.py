@@ -21,7 +21,7 @@ _WAITING = ("reserving", "waiting", "subscribed", "pulling", "draining")
 
 
 def handoffs(case: Case) -> Iterator[Finding]:
-    """KVF107, KVF108, KVF109, KVF110, KVF111, KVF115: handoffs that do not move, and how the latest ones ended."""
+    """KVF107, KVF108, KVF109: handoffs that do not move."""
     state = case.facts.router
     if state is None:
         return
@@ -51,7 +51,6 @@ def handoffs(case: Case) -> Iterator[Finding]:
                 "reach the router",
                 f"continue or start {gone[0]} again",
             )
-    yield from _ended(state)
 
 
 class _Why(NamedTuple):
@@ -175,7 +174,11 @@ def _detail(view: dict[str, Any]) -> str:
     return f" ({view['detail']})" if view.get("detail") else ""
 
 
-def _ended(state: dict[str, Any]) -> Iterator[Finding]:
+def outcomes(case: Case) -> Iterator[Finding]:
+    """KVF110, KVF111, KVF115: how the latest requests ended."""
+    state = case.facts.router
+    if state is None:
+        return
     ended = [r for r in state.get("recent") or () if r.get("state") and not is_probe(r)]
     recomputed = sum(r["state"] == "recomputed" for r in ended)
     mostly = len(ended) >= MIN_OUTCOMES and recomputed > RECOMPUTED_SHARE * len(ended)

@@ -87,7 +87,8 @@ def roles(case: Case) -> Iterator[Finding]:
     members = instances_of(case.facts.router)
     for role in ("prefill", "decode"):
         if not any(m.get("role") in (role, "both") for m in members):
-            others = f"knows {len(members)} others, none" if members else "knows none"
+            instances = "one instance" if len(members) == 1 else f"{len(members)} instances"
+            others = f"knows {instances}, none" if members else "knows none"
             last = _last_seen(case.facts.router, role)
             yield found(
                 "KVF105",
