@@ -56,7 +56,7 @@ def engine() -> None:
     report = {"instance_id": name, "incarnation": 1, "role": settings.engine.role, "url": "http://x", "model": "m"}
     if settings.cluster.router_url:
         body = json.dumps(report).encode()
-        urllib.request.urlopen(f"{settings.cluster.router_url}/kvferry/v1/instances", body, timeout=5).close()
+        urllib.request.urlopen(f"{settings.cluster.router_url}/kvferry/v1/instances", body, timeout=60).close()
     tell_listening("http://127.0.0.1:1")
     threading.Event().wait(60)
 

@@ -49,7 +49,7 @@ def test_up_ends_every_process_with_a_signal(tmp_path: Path):
         up.send_signal(signal.SIGTERM)
         rest = up.stdout.read()
     assert up.returncode == 0 and "stopping 3 processes" in rest and "have ended" in rest
-    _, alive = psutil.wait_procs(children, timeout=10)
+    _, alive = psutil.wait_procs(children, timeout=60)
     assert not alive
     assert {path.name for path in (tmp_path / "logs").iterdir()} == {"router.log", "prefill-0.log", "decode-0.log"}
 

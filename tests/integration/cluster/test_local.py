@@ -99,10 +99,9 @@ async def test_a_later_death_is_seen(cluster: Callable[..., LocalCluster]):
     victim = next(child for child in one.children if child.name == "prefill-0")
     assert victim.pid is not None
     os.kill(victim.pid, signal.SIGKILL)
-    for _ in range(500):
-        if victim.has_died:
-            break
-        await asyncio.sleep(0.02)
+    async with asyncio.timeout(60):
+        while not victim.has_died:  # noqa: ASYNC110
+            await asyncio.sleep(0.02)
     with pytest.raises(PeerGone, match=r"prefill-0 .* killed by SIGKILL"):
         one.check()
 
@@ -199,7 +198,7 @@ def test_a_killed_parent_leaves_no_process(tmp_path: Path):
         pids = [int(pid) for pid in parent.stdout.readline().split()]
         parent.kill()
     assert len(pids) == 3
-    give_up_s = time.monotonic() + 20
+    give_up_s = time.monotonic() + 60
     while any(psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE for pid in pids):
         assert time.monotonic() < give_up_s, "children outlive their killed parent"
         time.sleep(0.05)

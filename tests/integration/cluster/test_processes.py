@@ -18,7 +18,7 @@ import pytest
 from kvferry.cluster import Child
 from kvferry.errors import PeerGone
 
-SLEEP = "import time; print('up', flush=True); time.sleep(60)"
+SLEEP = "import time; print('up', flush=True); time.sleep(600)"
 
 
 @pytest.fixture
@@ -36,7 +36,7 @@ async def child(tmp_path: Path) -> AsyncIterator[Callable[..., Child]]:
         one.kill()
 
 
-async def until(condition: Callable[[], object], what: str, within_s: float = 20.0) -> None:
+async def until(condition: Callable[[], object], what: str, within_s: float = 60.0) -> None:
     give_up_s = time.monotonic() + within_s
     while not condition():
         assert time.monotonic() < give_up_s, f"{what} within {within_s} s"
@@ -53,14 +53,14 @@ def is_gone(pid: int) -> bool:
 
 async def test_a_child_tells_where_it_listens(child: Callable[..., Child]):
     one = child(
-        "print('loading'); print('kvferry listening http://127.0.0.1:4711', flush=True); import time; time.sleep(60)"
+        "print('loading'); print('kvferry listening http://127.0.0.1:4711', flush=True); import time; time.sleep(600)"
     )
     await until(one.told_url, "a URL")
     assert one.url == "http://127.0.0.1:4711"
     assert one.exit_status() is None and not one.has_died
-    await one.stop(5.0)
+    await one.stop(60.0)
     assert one.exit_status() == -signal.SIGTERM and not one.has_died
-    await one.stop(5.0)
+    await one.stop(60.0)
 
 
 async def test_what_an_earlier_run_wrote_to_the_same_log_is_not_this_childs_word(child: Callable[..., Child]):
@@ -105,7 +105,7 @@ async def test_grandchildren_end_with_their_child(child: Callable[..., Child]):
         import os, signal, subprocess, sys, time
         grandchild = subprocess.Popen([sys.executable, "-c", {SLEEP!r}], stdout=subprocess.DEVNULL)
         print(grandchild.pid, flush=True)
-        time.sleep(60)
+        time.sleep(600)
     """
     for end in ("stop", "die"):
         one = child(textwrap.dedent(code), end)
@@ -113,7 +113,7 @@ async def test_grandchildren_end_with_their_child(child: Callable[..., Child]):
         grandchild = int(one.tail(1)[0])
         assert one.pid is not None
         if end == "stop":
-            await one.stop(5.0)
+            await one.stop(60.0)
         else:
             os.kill(one.pid, signal.SIGKILL)
             await until(lambda one=one: one.has_died, "the child's end")
@@ -130,7 +130,7 @@ def parent(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
             child = Child(name, [sys.executable, "-c", {SLEEP!r}], os.environ, pathlib.Path({str(tmp_path)!r}) / name)
             child.start()
             print(child.pid, flush=True)
-        time.sleep(60)
+        time.sleep(600)
     """
     argv = [sys.executable, "-c", textwrap.dedent(code)]
     process = subprocess.Popen(argv, stdout=subprocess.PIPE, text=True)

@@ -24,7 +24,7 @@ def doctor(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
         cwd=cwd,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=110,
         check=False,
         env={**os.environ, "COLUMNS": "160"},
     )
@@ -143,7 +143,7 @@ def test_following_a_log_shows_lines_as_they_come(tmp_path: Path) -> None:
             assert seen or process.poll() is None
         process.send_signal(signal.SIGINT)
         process.stdout.read()
-        assert process.wait(20) == 1
+        assert process.wait(60) == 1
     finally:
         process.kill()
         process.wait()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -13,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from pool_processes import WAIT_S, fixed_port
 
 MONITORING = Path(__file__).parents[3] / "monitoring"
 PROMTOOL, PROMETHEUS = shutil.which("promtool"), shutil.which("prometheus")
@@ -50,7 +51,7 @@ def test_a_real_prometheus_evaluates_the_rules_on_a_real_router(tmp_path: Path) 
             "scrape_configs": [{"job_name": "kvferry", "static_configs": [{"targets": [target]}]}],
         }
         (tmp_path / "prometheus.yml").write_text(json.dumps(config))
-        port = _free_port()
+        port = fixed_port()
         prometheus = subprocess.Popen(
             [
                 PROMETHEUS,
@@ -62,20 +63,20 @@ def test_a_real_prometheus_evaluates_the_rules_on_a_real_router(tmp_path: Path) 
             stderr=subprocess.DEVNULL,
         )
         base = f"http://127.0.0.1:{port}/api/v1"
-        rules = _until(lambda: _evaluated(base), 60)
+        rules = _until(lambda: _evaluated(base), WAIT_S)
         assert {r["health"] for r in rules} == {"ok"}, rules
-        up = _until(lambda: _ask(f"{base}/query?query=up")["data"]["result"], 30)
+        up = _until(lambda: _ask(f"{base}/query?query=up")["data"]["result"], WAIT_S)
         assert up[0]["value"][1] == "1"
         # A router alone has no instances, and just that alarm is on its way.
         pending = _until(
-            lambda: [r for r in _evaluated(base) or [] if r.get("state") != "inactive" and r.get("alerts")], 30
+            lambda: [r for r in _evaluated(base) or [] if r.get("state") != "inactive" and r.get("alerts")], WAIT_S
         )
         assert {r["name"] for r in pending} == {"KVFerryNoInstance"}
     finally:
         for process in (prometheus, router):
             if process is not None:
                 process.terminate()
-                process.wait(20)
+                process.wait(WAIT_S)
         if router.stdout is not None:
             router.stdout.close()
 
@@ -101,9 +102,3 @@ def _until(ask: Any, seconds: float) -> Any:
             pass
         assert time.monotonic() < end, "Prometheus did not get there in time"
         time.sleep(0.2)
-
-
-def _free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])

@@ -25,7 +25,7 @@ from kvferry.doctor.passage import probe_passage
 from kvferry.doctor.reach import ask
 from kvferry.errors import ConfigError
 
-pytestmark = pytest.mark.timeout(60)
+pytestmark = pytest.mark.timeout(120)
 
 
 def told(read: Callable[[], object]) -> str:
@@ -149,7 +149,7 @@ def test_a_config_with_a_byte_order_mark_is_fine(tmp_path: Path) -> None:
 
 def test_the_command_itself_gives_status_2_and_one_line(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "kvferry.cli", "doctor", "--config", "/dev/zero", "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=60, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=110, check=False)
     assert done.returncode == 2
     assert "/dev/zero: cannot be read (it is no file)" in done.stderr
     assert len(done.stderr.splitlines()) == 1
