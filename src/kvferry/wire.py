@@ -403,7 +403,7 @@ class Refusals:
         now_s = time.monotonic()
         if now_s - self._logged_s >= 1.0:
             self._logged_s = now_s
-            _log.warning("refused %s: %s (%d refusals so far)", peer, error, sum(self.counts.values()))
+            _log.warning("refused %s: %s (refusals so far: %d)", peer, error, sum(self.counts.values()))
 
 
 # Secrets and HTTP --------------------------------------------------------------------------------------------------

@@ -107,7 +107,7 @@ class Control:
                 request.body,
             )
         except AuthenticationError as error:
-            self._refusals.add(request.path, error)
+            self._refusals.add(f"{response.peer} at {request.path}", error)
             response.respond(401, error_body(401, str(error)))
             return False
         return True

@@ -61,6 +61,8 @@ Handler = Callable[["Request", "Response"], None]
 class Connection(Protocol):
     """What a response needs of its connection."""
 
+    @property
+    def peer(self) -> str: ...
     def send(self, data: bytes) -> None: ...
     def response_done(self, keep_alive: bool) -> None: ...
     def abort(self) -> None: ...
@@ -79,6 +81,11 @@ class Response:
         self._keep_alive = keep_alive
         self._chunked = False
         self._unsent = b""
+
+    @property
+    def peer(self) -> str:
+        """Who asks, as `host:port`."""
+        return self._connection.peer if self._connection is not None else "a client that has left"
 
     def respond(self, status: int, body: bytes, headers: Headers = (JSON,)) -> None:
         """The whole answer in one go."""

@@ -137,6 +137,11 @@ class ServerConnection(asyncio.Protocol):
 
     # Called by the response and the server
 
+    @property
+    def peer(self) -> str:
+        name = self._transport.get_extra_info("peername") if self._transport is not None else None
+        return f"{name[0]}:{name[1]}" if name else "a client that has left"
+
     def send(self, data: bytes) -> None:
         if self._transport is not None:
             self._transport.write(data)

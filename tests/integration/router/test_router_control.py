@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import time
 
 import msgspec
@@ -89,7 +90,7 @@ async def test_bad_reports_are_refused(cluster: Cluster) -> None:
         assert answer.status == 400
 
 
-async def test_with_a_secret_control_needs_a_signature(cluster: Cluster) -> None:
+async def test_with_a_secret_control_needs_a_signature(cluster: Cluster, caplog: pytest.LogCaptureFixture) -> None:
     router = await cluster.start(secret=SECRET)
     http = cluster.session()
     body = msgspec.json.encode(report())
@@ -99,6 +100,8 @@ async def test_with_a_secret_control_needs_a_signature(cluster: Cluster) -> None
     for headers in ({}, {"x-kvferry-auth": "x"}, *({"x-kvferry-auth": s} for s in (wrong, old, other_body))):
         async with http.post(PATH, data=body, headers=headers) as answer:
             assert answer.status == 401
+            assert (await answer.json())["error"]["code"] == "not_authenticated"
+    assert re.search(rf"refused 127\.0\.0\.1:\d+ at {PATH}: the request carries no valid", caplog.text)
     assert len(router.fleet.membership) == 0
     good = {"x-kvferry-auth": sign_http(SECRET, "POST", PATH, body)}
     async with http.post(PATH, data=body, headers=good) as answer:
