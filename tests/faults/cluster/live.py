@@ -23,14 +23,18 @@ from kvferry.config import Settings, load
 from kvferry.errors import PeerGone
 from kvferry.types import Role
 
-LEASE_S, DEADLINE_S = 3.0, 12.0
-ROUTER_PATIENCE_S = 15.0
+LEASE_S, DEADLINE_S = 6.0, 20.0
+SLACK_S = 20.0
+"""Beyond what the product promises, on a machine that may give a process no CPU for seconds."""
+
+WAIT_S = 60.0
 ONE_PAIR_BLOCKS = 192
 ENVIRONMENT = {
     "KVFERRY_HANDOFF_LEASE_TTL_S": f"{LEASE_S}s",
     "KVFERRY_HANDOFF_HEARTBEAT_S": "600ms",
     "KVFERRY_HANDOFF_DEADLINE_S": f"{DEADLINE_S}s",
     "KVFERRY_ROUTER_PORT": "0",
+    "KVFERRY_ROUTER_TTL_S": "10s",
     "KVFERRY_ROUTER_REQUEST_DEADLINE_S": "60s",
     "KVFERRY_ENGINE_NUM_BLOCKS": "1024",
 }
@@ -64,13 +68,15 @@ class Live:
         self.cluster = LocalCluster(ClusterPlan(num_prefill, num_decode, settings), lambda line: None, num_alone=1)
         self._pool = ThreadPoolExecutor(256)
         try:
-            self._run(self.cluster.start())
-            self.reference_url = self._run(self.cluster.start_alone("single"))
+            self._run(self._start())
         except BaseException:
             self.close()
             raise
         self.url = self.cluster.router_url
         self._references: dict[tuple[str, int], list[int]] = {}
+
+    async def _start(self) -> None:
+        _, self.reference_url = await asyncio.gather(self.cluster.start(), self.cluster.start_alone("single"))
 
     def close(self) -> None:
         self._run(self.cluster.stop())
@@ -113,6 +119,13 @@ class Live:
         child.kill()
         self.cluster.children.remove(child)
 
+    def leave(self, name: str) -> None:
+        """End an instance as a supervisor does; returns when the router does not count it any more."""
+        child = self.child(name)
+        self.cluster.children.remove(child)
+        self._run(child.stop(WAIT_S))
+        self.wait(lambda: all(r.instance_id != name for r in self.instances()), WAIT_S, f"{name} to leave")
+
     def restart(self, name: str) -> None:
         """Start an instance again under its name; returns when the router knows the new one."""
         self.launch_again(name)
@@ -126,8 +139,8 @@ class Live:
     def wait_joined(self, name: str) -> None:
         """Until the router knows the latest process of this name."""
         child = self.child(name)
-        self.wait(lambda: child.told_url() is not None, 60.0, f"{name} to listen")
-        self.wait(lambda: any(r.url == child.url for r in self.instances()), 10.0, f"{name} to join")
+        self.wait(lambda: child.told_url() is not None, 2 * WAIT_S, f"{name} to listen")
+        self.wait(lambda: any(r.url == child.url for r in self.instances()), WAIT_S, f"{name} to join")
 
     def add(self, name: str, role: Role, *program: str, **environment: str) -> None:
         """Start one more instance with settings of its own; `program` runs in place of `python -m kvferry engine`.
@@ -152,7 +165,7 @@ class Live:
             async with RouterView(self.url) as view:
                 return await read(view)
 
-        give_up_s = time.monotonic() + ROUTER_PATIENCE_S
+        give_up_s = time.monotonic() + WAIT_S
         while True:
             try:
                 return self._run(look())
@@ -168,7 +181,7 @@ class Live:
     def stages(self, name: str) -> set[str]:
         return {view["stage"] for view in self.kv(name)["handoffs"]}
 
-    def require_idle(self, timeout_s: float = DEADLINE_S + LEASE_S) -> None:
+    def require_idle(self, timeout_s: float = DEADLINE_S + LEASE_S + SLACK_S) -> None:
         """Every instance reports all of its blocks free."""
         names = [c.name for c in self.cluster.children if c.name != "router"]
 
@@ -189,7 +202,7 @@ class Live:
 
 
 def get(url: str) -> Any:
-    with urllib.request.urlopen(url, timeout=5) as answer:
+    with urllib.request.urlopen(url, timeout=WAIT_S) as answer:
         return json.loads(answer.read())
 
 
