@@ -227,7 +227,8 @@ class SchedulerHalf:
         if target.stage == "queued":
             self._plan.pulls.append(self._pull(request_id, target))
             state = TerminalState.ABORTED if target.aborted else TerminalState.FAILED
-            self._conclude(request_id, target, state, Stage.QUEUE, "handoff_aborted")
+            why = f"the request was {ending} before it had room"
+            self._conclude(request_id, target, state, Stage.QUEUE, "handoff_aborted", why)
         self._forget(request_id)
         return False
 
