@@ -84,7 +84,7 @@ class Refusals(OwnerAndReader):
     def test_half_a_batch_is_an_error_and_can_be_read_again(self, reader: EngineThread, owner: Any) -> None:
         """The owner takes its memory back while it is read: some blocks are in place, but nobody is told of success."""
         case = self.join(reader, owner, num_blocks=self.many_blocks)
-        give_up_s, broken_off = time.monotonic() + 90.0, False
+        give_up_s, broken_off = time.monotonic() + 60.0, False
         # In one process the owner waits for its readers, so that each batch is whole.
         while not broken_off and time.monotonic() < give_up_s:
             case, broken_off = self._take_back_in_mid_read(case)
