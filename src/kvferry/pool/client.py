@@ -349,9 +349,11 @@ class PoolClient:
         if isinstance(answer, Failed):
             if answer.cause == RegistrationError("").cause:
                 raise RegistrationError(answer.message, peer=peer.name)
-            raise PoolError(f"the pool node refused: {answer.cause}: {answer.message}", peer=peer.name)
+            raise PoolError(f"the pool node refused: {answer.message} ({answer.cause})", peer=peer.name)
         if not isinstance(answer, kind):
-            raise PoolError(f"the pool node answered with a {type(answer).__name__}", peer=peer.name)
+            raise PoolError(
+                "the pool node answered something that was not asked; is it of this release?", peer=peer.name
+            )
         return answer
 
     def _give_up(self, reply: asyncio.Future[Message], peer: Peer) -> None:

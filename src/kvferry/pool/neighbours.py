@@ -60,15 +60,16 @@ class Neighbours:
             async with asyncio.timeout(deadline_s):
                 answer = await reply
         except TimeoutError as error:
-            raise TransferTimeout(
-                f"no answer to {type(request).__name__} within {time.monotonic() - began_s:.3f} s", peer=peer.name
-            ) from error
+            waited_s = time.monotonic() - began_s
+            why = f"the other node did not answer within {waited_s:.3f} s: it is stopped or overloaded"
+            raise TransferTimeout(why, peer=peer.name) from error
         finally:
             del self._waiting[request.id]
         if isinstance(answer, kind):
             return answer
-        why = f"{answer.cause}: {answer.message}" if isinstance(answer, Failed) else type(answer).__name__
-        raise PoolError(f"the node refused {type(request).__name__}: {why}", peer=peer.name)
+        if isinstance(answer, Failed):
+            raise PoolError(f"the other node refused: {answer.message} ({answer.cause})", peer=peer.name)
+        raise PoolError("the other node answered something that was not asked; is it of this release?", peer=peer.name)
 
     def on_reply(self, peer: Peer, reply: Message) -> None:
         """A node answered; an answer that nobody waits for any more is passed over."""
