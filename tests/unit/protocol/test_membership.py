@@ -85,7 +85,8 @@ def test_mismatches_name_both_values() -> None:
     table.report(report("a", fingerprint=FINGERPRINT), 0.0)
     other = msgspec.structs.replace(FINGERPRINT, dtype="g", protocol_version=9)
     (text,) = table.mismatches(report("b", fingerprint=other))
-    assert "dtype: here 'g', there 'f'" in text and "protocol_version: here 9, there 2" in text and "peer a" in text
+    assert "dtype: here 'g', there 'f'" in text and "peer a" in text
+    assert f"protocol_version: here 9, there {FINGERPRINT.protocol_version}" in text
     assert table.mismatches(report("b", fingerprint=FINGERPRINT)) == []
     assert table.mismatches(report("b", fingerprint=other, model="another")) == []
     assert table.mismatches(report("b")) == []
