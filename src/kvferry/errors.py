@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 from collections.abc import Callable
 from typing import ClassVar
 
@@ -58,7 +59,7 @@ class KVError(Exception):
 
     def __str__(self) -> str:
         named = {"request": self.request_id, "peer": self.peer}
-        facts = {key: name for key, name in named.items() if name and name not in self.message}
+        facts = {key: name for key, name in named.items() if name and not _is_named(name, self.message)}
         if self.stage:
             facts["stage"] = self.stage
         where = ", ".join(f"{key} {value}" for key, value in facts.items())
@@ -155,11 +156,19 @@ class NoInstanceAvailable(KVError):
     retryable = True
 
 
+def _is_named(name: str, message: str) -> bool:
+    return re.search(rf"(?<![\w-]){re.escape(name)}(?![\w-])", message) is not None
+
+
 def system_reason(error: OSError) -> str:
     """The system's own words for an error, in place of which asyncio puts the address once more."""
     if error.errno is not None and error.errno in errno.errorcode:
         return os.strerror(error.errno)
     return error.strerror or str(error) or type(error).__name__
+
+
+class InternalError(KVError):
+    """A bug in kvferry; the log has its traceback. What asked for it fails, nothing else does."""
 
 
 class InvalidTransition(Exception):

@@ -14,8 +14,18 @@ from typing import NamedTuple, Protocol, cast
 
 import httptools
 
-from kvferry.errors import ConfigError, KVError, PeerGone, TransferTimeout, WireError, system_reason
+from kvferry.errors import (
+    ConfigError,
+    InternalError,
+    KVError,
+    PeerGone,
+    TransferTimeout,
+    WireError,
+    system_reason,
+)
+from kvferry.observe import get_log
 
+_log = get_log(__name__)
 MAX_ANSWER_HEAD_BYTES = 64 << 10
 MAX_IDLE = 512
 # Below the 5 s after which uvicorn closes an idle connection: the side that sends should be the one that closes.
@@ -96,14 +106,19 @@ class Call:
             self._connection.resume()
 
     async def _connect(self) -> None:
+        failure: KVError
         try:
             connection = await self._pool.connect(self.origin)
-        except KVError as error:
             self._connecting = None
-            self.fail(error)
+            self._send(connection)
             return
+        except KVError as error:
+            failure = error
+        except Exception as error:  # noqa: BLE001  (told to the receiver, or the call would never end)
+            _log.exception("calling an instance ended in a bug", instance=str(self.origin))
+            failure = InternalError(f"the router could not call {self.origin}: a bug, its log has it: {error!r}")
         self._connecting = None
-        self._send(connection)
+        self.fail(failure)
 
     def _send(self, connection: UpstreamConnection) -> None:
         self.taken = True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import json
 from typing import Any
@@ -233,6 +234,19 @@ def test_a_cancelled_call_calls_nobody_and_closes() -> None:
     connection.data_received(ANSWERS["length"][0])
     connection.connection_lost(None)
     assert transport.closed and not receiver.heads and not receiver.ended and not receiver.failed
+
+
+async def test_a_call_that_ends_in_a_bug_fails_and_does_not_hang(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def broken(self: UpstreamPool, origin: Origin) -> UpstreamConnection:
+        raise ZeroDivisionError("a bug")
+
+    monkeypatch.setattr(UpstreamPool, "connect", broken)
+    receiver = Receiver()
+    UpstreamPool(connect_timeout_s=1.0).call(ORIGIN, b"head", b"body", receiver)
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    ((cause, message),) = [(error.cause, error.message) for error in receiver.failed]
+    assert cause == "internal_error" and "ZeroDivisionError('a bug')" in message
 
 
 def test_connections_idle_for_too_long_are_closed() -> None:
