@@ -71,16 +71,16 @@ def test_two_hundred_requests_at_once_and_random_kills_none_lost_none_wrong(two_
     assert last.state == "delivered", last
 
 
-def test_two_prefills_on_one_decode() -> None:
+def test_three_prefills_on_one_decode() -> None:
     """An unequal cluster: every prefill instance is used, all tokens are right."""
-    live = Live(2, 1)
+    live = Live(3, 1)
     try:
-        prompts = [f"{i} The captain of the ferry counts his passengers. " * 4 for i in range(12)]
+        prompts = [f"{i} The captain of the ferry counts his passengers. " * 4 for i in range(18)]
         futures = [live.ask_soon(p) for p in prompts]
         for prompt, future in zip(prompts, futures, strict=True):
             answer = future.result(90)
             assert (answer.status, answer.tokens, answer.state) == (200, live.reference(prompt), "delivered"), answer
-        assert {r.prefill for r in live.recent()} == {"prefill-0", "prefill-1"}
+        assert {r.prefill for r in live.recent()} == {"prefill-0", "prefill-1", "prefill-2"}
         live.require_idle()
     finally:
         live.close()
