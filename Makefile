@@ -34,7 +34,7 @@ demo: $(STAMP)
 	@$(BIN)/kvferry demo $(DEMO_ARGS)
 
 test: $(STAMP)
-	$(BIN)/python -m pytest tests/unit tests/integration tests/faults -m "not vllm" --durations=15 $(PYTEST_ARGS)
+	$(BIN)/python -m pytest tests/unit tests/integration tests/faults -m "not vllm" -n 2 --dist loadfile --durations=15 $(PYTEST_ARGS)
 
 test-vllm:
 	@tools/install_vllm.sh .venv-vllm
