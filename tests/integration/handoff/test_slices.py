@@ -82,7 +82,12 @@ def hand_over(source: Rank, target: Rank, *, flip: int | None) -> Outcome:
     if flip is not None:
         source.memory[flip] ^= 4
     target.node.drop_select(ticket, PROMPT, 0, TARGET_IDS)
-    return target.ended()
+    outcome, until_s = target.ended(), time.monotonic() + REMAINING_S
+    while not source.node.released():
+        assert time.monotonic() < until_s, source.node.views()
+        time.sleep(0.005)
+    assert not source.node._heads, "what was kept for this handoff alone is gone with it"
+    return outcome
 
 
 BOTH = [(digest, ranks) for digest in ("xxh3", "sum") for ranks in (((0, 1), (1, 2)), ((1, 2), (0, 1)))]
